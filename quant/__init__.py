@@ -1,0 +1,1 @@
+"""Number formats, packing and error measures."""
