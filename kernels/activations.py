@@ -1,0 +1,108 @@
+"""Activation functions a(x) and their slopes a'(x), in torch and in Triton.
+
+With σ the logistic function and Φ, φ the distribution and density of the normal law:
+
+    silu         x σ(x)                                σ + x σ (1 - σ)              arXiv:1702.03118
+    quick_gelu   x σ(1.702 x)                          σ + 1.702 x σ (1 - σ)        arXiv:1606.08415, section 2
+    gelu         x Φ(x)                                Φ + x φ                      arXiv:1606.08415
+    gelu_tanh    x (1 + tanh u) / 2 = x σ(2u)          σ + 2 u' x σ (1 - σ)         u = √(2/π) (x + 0.044715 x³)
+    relu         max(x, 0)                             [x > 0]
+    relu2        max(x, 0)²                            2 max(x, 0)                  arXiv:2109.08668
+    sigmoid      σ                                     σ (1 - σ)
+    tanh         tanh x                                1 - tanh² x
+    identity     x                                     1
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import compute_dtype
+
+aten = torch.ops.aten
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(compute_dtype(x))
+
+
+def _sigmoid_chain(d: Tensor, x: Tensor) -> Tensor:
+    y = torch.sigmoid(_wide(x))
+    return torch.mul(d, y).mul_(1 - y)
+
+
+ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu": F.relu,
+    "relu2": lambda x: F.relu(_wide(x)).square(),
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "identity": torch.clone,
+    "quick_gelu": lambda x: torch.sigmoid(_wide(x) * 1.702) * x,
+}
+"""a(x), always a new tensor. What torch's own operators would round more than once comes in float32."""
+
+CHAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "silu": aten.silu_backward,
+    "gelu": aten.gelu_backward,
+    "gelu_tanh": partial(aten.gelu_backward, approximate="tanh"),
+    "relu": partial(aten.threshold_backward, threshold=0),
+    "relu2": lambda d, x: aten.threshold_backward(2 * _wide(x) * d, _wide(x), 0),
+    "sigmoid": _sigmoid_chain,
+    "tanh": lambda d, x: d * (1 - torch.tanh(_wide(x)).square_()),
+    "identity": lambda d, x: d,
+    "quick_gelu": lambda d, x: aten.silu_backward(_wide(d), 1.702 * _wide(x)),
+}
+"""d · a'(x) from d and x, without a gradient of its own."""
+
+
+@triton.jit
+def _tanh(x):
+    # Near 0 the exponential's form would cancel. Lambert's continued fraction x/(1+x²/(3+x²/(5+x²/(7+x²/9)))) is off by
+    # less than 1e-9 of its value there.
+    z = x * x
+    near = x * ((945 + z * (105 + z)) / (945 + z * (420 + z * 15)))
+    size = tl.abs(x)
+    far = 1 - 2 / (1 + tl.exp(2 * size))
+    return tl.where(size < 0.625, near, tl.where(x < 0, -far, far))
+
+
+@triton.jit
+def curve(x, d, ACTIVATION: tl.constexpr):
+    """a(x) and d · a'(x). Comparisons let NaN pass, and relu's slope selects, so that an infinite d times 0 is 0."""
+    y, dx = x, d
+    if ACTIVATION == "silu" or ACTIVATION == "quick_gelu" or ACTIVATION == "gelu_tanh":
+        if ACTIVATION == "gelu_tanh":
+            slope = 1.5957691216057308 * (1 + 0.134145 * x * x)
+            s = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        else:
+            slope = 1.702 if ACTIVATION == "quick_gelu" else 1.0
+            s = tl.sigmoid(slope * x)
+        y = x * s
+        dx = d * s * (1 + x * (1 - s) * slope)
+    elif ACTIVATION == "gelu":
+        below = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
+        y = x * below
+        dx = d * (below + x * (0.3989422804014327 * tl.exp(-0.5 * x * x)))
+    elif ACTIVATION == "relu":
+        y = tl.where(x <= 0, 0.0, x)
+        dx = tl.where(x <= 0, 0.0, d)
+    elif ACTIVATION == "relu2":
+        y = tl.where(x <= 0, 0.0, x * x)
+        dx = tl.where(x <= 0, 0.0, 2 * x * d)
+    elif ACTIVATION == "sigmoid":
+        y = tl.sigmoid(x)
+        dx = d * y * (1 - y)
+    elif ACTIVATION == "tanh":
+        y = _tanh(x)
+        dx = d * (1 - y * y)
+    return y, dx

@@ -1,0 +1,534 @@
+r"""Cross-entropy of a linear layer's logits, which never exist as a whole.
+
+Forward, for a token with hidden state ``x``, label ``y``, smoothing ``ε`` and ``V`` classes::
+
+    u = logit_scale · (x Wᵀ + b)          z = softcap · tanh(u / softcap)          (softcap 0: z = u)
+    loss = (1 - ε) · (lse(z) - z_y) + ε · (lse(z) - mean(z)),          lse(z) = log Σ_v exp(z_v)
+
+Backward, for a gradient ``s`` of the token's loss, summed over tokens for ``W`` and ``b``::
+
+    g = s · (softmax(z) - (1 - ε) · onehot(y) - ε / V) · (1 - (z / softcap)²) · logit_scale
+    dx = g W          dW = Σ gᵀ x          db = Σ g
+
+Sources: ``torch.nn.CrossEntropyLoss`` and label smoothing (arXiv:1512.00567), soft-capping (Gemma 2, arXiv:2408.00118),
+the running maximum of lse (arXiv:1805.02867).
+
+Tokens are taken in chunks. A chunk's logits are rounded to the dtype of ``x``, as a linear layer rounds them; one pass
+over a row takes its loss, a second one overwrites the row with ``g``, and the products with ``W`` and ``x`` follow at
+once. So the gradients exist when the forward ends, and backward multiplies them by one number. They are kept in units of
+a power of two near ``1 / denominator``: multiplying by the unit rounds nothing, and ``g`` does not sink below float16's
+range before a loss scale can reach it.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .dispatch import compute_dtype, use_triton
+
+Reduction = Literal["mean", "sum", "none"]
+Gradients = tuple[Tensor, Tensor, Tensor]
+
+CHUNK_BYTES = 2**28
+"""What the logits of one chunk may take; twice that where each chunk also reads and writes the whole sum of dW."""
+MAX_BLOCK = 8192
+"""Most columns that a program of the row kernel holds at a time."""
+_FP16_HEADROOM = 256.0
+"""float16 gradients are kept this much larger: |g| stays below 2⁹, and probabilities are normal numbers from 2e-7 up."""
+
+
+class _Loss(NamedTuple):
+    """The part of the loss that looks at one row of logits."""
+
+    ignore_index: int
+    label_smoothing: float
+    softcap: float
+    logit_scale: float
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    reduction: Reduction = "mean",
+    chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """The same in plain torch, with all logits at once; ``chunk_tokens`` changes nothing here."""
+    dtype = logits_dtype or x.dtype
+    logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
+    z = logits.flatten(0, -2).to(compute_dtype(x)) * logit_scale
+    if softcap:
+        z = softcap * torch.tanh(z / softcap)
+    options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
+    if denominator is not None:
+        return F.cross_entropy(z, target.flatten(), reduction="sum", **options) / denominator
+    loss = F.cross_entropy(z, target.flatten(), reduction=reduction, **options)
+    return loss.view(target.shape) if reduction == "none" else loss
+
+
+@triton.jit
+def _tanh(a):
+    # (1 - e) / (1 + e) cancels near zero, where the odd series is exact to float32.
+    s = a * a
+    near = a * (1.0 + s * (-0.33333334 + s * (0.13333334 + s * (-0.053968254 + s * 0.021869488))))
+    e = tl.exp(-2.0 * tl.abs(a))
+    far = (1.0 - e) / (1.0 + e)
+    return tl.where(tl.abs(a) < 0.3, near, tl.where(a < 0, -far, far))
+
+
+@triton.jit
+def _logit(raw, logit_scale, softcap, CAPPED: tl.constexpr):
+    """z and dz / d(raw)."""
+    z = raw.to(tl.float32) * logit_scale
+    slope = tl.zeros_like(z) + logit_scale
+    if CAPPED:
+        t = _tanh(z / softcap)
+        z = softcap * t
+        slope = slope * (1.0 - t * t)
+    return z, slope
+
+
+@triton.jit
+def _row_kernel(
+    logits,
+    stride,
+    target,
+    seed,
+    seed_stride,
+    losses,
+    vocab,
+    ignore_index,
+    smoothing,
+    softcap,
+    logit_scale,
+    CAPPED: tl.constexpr,
+    SMOOTHED: tl.constexpr,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One row a program: its loss, then ``g`` in place of its logits. ``stride``, the padded width, is divisible by 16."""
+    row = tl.program_id(0).to(tl.int64)
+    logits += row * stride
+    label = tl.load(target + row)
+    live = label != ignore_index
+    inside = (label >= 0) & (label < vocab)
+    z_label, _ = _logit(tl.load(logits + label, mask=live & inside, other=float("nan")), logit_scale, softcap, CAPPED)
+    # Sums and differences are taken relative to z_label and to the maximum: logits of 1e4 keep their differences.
+    shift = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
+    top = tl.full([], float("-inf"), tl.float32)
+    base = tl.full([], 0.0, tl.float32)
+    mass = tl.zeros([BLOCK], tl.float32)
+    shifted = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, tl.where(live, vocab, 0), BLOCK):
+        cols = start + tl.arange(0, BLOCK)
+        # The mask is the padded width, because a limit that 16 does not divide would make every access scalar.
+        raw = tl.load(logits + cols, mask=cols < stride, other=0.0)
+        z, _ = _logit(tl.where(cols < vocab, raw, 0.0), logit_scale, softcap, CAPPED)
+        z = tl.where(cols < vocab, z, float("-inf"))
+        new_top = tl.maximum(top, tl.max(z, axis=0))
+        base = tl.where(new_top == float("-inf"), 0.0, new_top)
+        mass = mass * tl.exp(top - base) + tl.exp(z - base)
+        if SMOOTHED:
+            shifted += tl.where(cols < vocab, z - shift, 0.0)
+        top = new_top
+    total = tl.where(live, tl.sum(mass, axis=0), 1.0)
+    advantage = z_label - top
+    if SMOOTHED:
+        mean = tl.sum(shifted, axis=0) / vocab + (shift - top)
+        advantage = (1.0 - smoothing) * advantage + smoothing * mean
+    tl.store(losses + row, tl.where(live, tl.log(total) - advantage, 0.0))
+    if GRADIENT:
+        scale = tl.where(inside, tl.load(seed + row * seed_stride).to(tl.float32), float("nan"))
+        inverse = 1.0 / total
+        width = tl.where(live, stride, 0)
+        for start in range(0, vocab, BLOCK):
+            cols = start + tl.arange(0, BLOCK)
+            raw = tl.load(logits + cols, mask=cols < width, other=0.0)
+            z, slope = _logit(tl.where(cols < vocab, raw, 0.0), logit_scale, softcap, CAPPED)
+            g = tl.exp(z - base) * inverse
+            if SMOOTHED:
+                g -= smoothing / vocab
+            g = tl.where(cols == label, g - (1.0 - smoothing), g) * (scale * slope)
+            g = tl.where(live, g, 0.0)
+            tl.store(logits + cols, g.to(logits.dtype.element_ty), mask=cols < stride)
+
+
+@triton.jit
+def _scale_kernel(values, factor, out, count, BLOCK: tl.constexpr):
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    scaled = tl.load(values + at, mask=at < count, other=0.0).to(tl.float32) * tl.load(factor)
+    tl.store(out + at, scaled.to(out.dtype.element_ty), mask=at < count)
+
+
+def _rows_triton(logits: Tensor, target: Tensor, seed: Tensor, losses: Tensor, loss: _Loss, gradient: bool) -> Tensor:
+    """Write the rows' losses; with ``gradient``, turn ``logits`` into ``g``, and return it."""
+    block = min(MAX_BLOCK, triton.next_power_of_2(logits.shape[1]))
+    _row_kernel[(logits.shape[0],)](
+        logits,
+        logits.stride(0),
+        target,
+        seed,
+        seed.stride(0),
+        losses,
+        logits.shape[1],
+        *loss,
+        CAPPED=loss.softcap != 0,
+        SMOOTHED=loss.label_smoothing != 0,
+        GRADIENT=gradient,
+        BLOCK=block,
+        num_warps=max(1, min(16, block // 512)),
+    )
+    return logits
+
+
+def _rows_torch(logits: Tensor, target: Tensor, seed: Tensor, losses: Tensor, loss: _Loss, gradient: bool) -> Tensor:
+    """What :func:`_rows_triton` does, in torch; overwrites ``logits`` too."""
+    z = logits.to(losses.dtype)
+    if loss.logit_scale != 1:
+        z.mul_(loss.logit_scale)
+    slope = None
+    if loss.softcap:
+        z.div_(loss.softcap).tanh_()
+        slope = torch.addcmul(z.new_ones(()), z, z, value=-1) if gradient else None
+        z.mul_(loss.softcap)
+    smoothing, ignored = loss.label_smoothing, target == loss.ignore_index
+    label = target.masked_fill(ignored, 0).unsqueeze(1)
+    p = torch.log_softmax(z, 1)
+    advantage = p.gather(1, label).squeeze(1)
+    if smoothing:
+        advantage.mul_(1 - smoothing).add_(p.mean(1), alpha=smoothing)
+    torch.neg(advantage.masked_fill_(ignored, 0), out=losses)
+    if not gradient:
+        return logits
+    g = p.exp_()
+    if smoothing:
+        g.sub_(smoothing / g.shape[1])
+    g.scatter_add_(1, label, g.new_full((), smoothing - 1).expand_as(label))
+    g.mul_((seed * loss.logit_scale).unsqueeze(1))
+    if slope is not None:
+        g.mul_(slope)
+    g.index_fill_(0, ignored.nonzero().squeeze(1), 0)
+    return g if g.dtype == logits.dtype else logits.copy_(g)
+
+
+def _chunk_tokens(weight: Tensor, rows: int, dtype: torch.dtype, sums_weight: bool) -> int:
+    """The largest power of two of tokens whose logits fit :data:`CHUNK_BYTES`."""
+    fitting = CHUNK_BYTES * (2 if sums_weight else 1) // (weight.shape[0] * dtype.itemsize)
+    return max(1, min(2 ** max(fitting, 1).bit_length() // 2, rows))
+
+
+def _project(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """``x Wᵀ + b`` into ``out``, whose dtype may be wider than that of ``x``."""
+    if out.dtype == x.dtype:
+        torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+        return
+    if x.is_cuda:
+        torch.mm(x, weight.t(), out_dtype=out.dtype, out=out)
+    else:
+        torch.mm(x.to(out.dtype), weight.t().to(out.dtype), out=out)
+    if bias is not None:
+        out.add_(bias)
+
+
+def _accumulate(total: Tensor, g: Tensor, x: Tensor, beta: int) -> None:
+    """``total = beta · total + gᵀ x``; a wider ``total`` takes the product unrounded."""
+    if total.dtype == x.dtype:
+        torch.addmm(total, g.t(), x, beta=beta, out=total)
+    elif x.is_cuda:
+        torch.addmm(total, g.t(), x, out_dtype=total.dtype, beta=beta, out=total)
+    else:
+        torch.addmm(total, g.t().to(total.dtype), x.to(total.dtype), beta=beta, out=total)
+
+
+def _sweep(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    seed: Tensor,
+    loss: _Loss,
+    chunk_tokens: int | None,
+    logits_dtype: torch.dtype | None,
+    needs: list[bool],
+) -> tuple[Tensor, Gradients]:
+    """Every token's loss, and of ``Σ seed · loss`` the gradients that ``needs`` (x, weight, bias) asks for.
+
+    Several half-precision dW cannot be added in their own dtype: each addition would round to 8 bits once more, where
+    one product rounds once. So they are added in float32, inside the product.
+    """
+    (rows, hidden), vocab, wide = x.shape, weight.shape[0], compute_dtype(x)
+    dtype = logits_dtype or x.dtype
+    chunk = min(chunk_tokens or _chunk_tokens(weight, rows, dtype, needs[1]), rows)
+    kernel = use_triton(x) and wide == torch.float32
+    if not x.is_cuda:
+        _check_labels(target, vocab, loss.ignore_index)
+    losses = x.new_empty(rows, dtype=wide)
+    logits = x.new_empty(chunk, triton.cdiv(vocab, 16) * 16 if kernel else vocab, dtype=dtype)[:, :vocab]
+    dx = x.new_empty((rows, hidden) if needs[0] else 0)
+    sum_dtype = wide if chunk < rows else _kept_dtype(weight)
+    dw = weight.new_empty(weight.shape if needs[1] else 0, dtype=sum_dtype)
+    db = weight.new_zeros(vocab if needs[2] else 0, dtype=wide)
+    for start in range(0, rows, max(chunk, 1)):
+        part = slice(start, min(start + chunk, rows))
+        tokens, block = x[part], logits[: part.stop - start]
+        _project(tokens, weight, bias, block)
+        row_pass = _rows_triton if kernel else _rows_torch
+        g = row_pass(block, target[part], seed[part], losses[part], loss, any(needs)).to(x.dtype)
+        if needs[0]:
+            torch.mm(g, weight, out=dx[part])
+        if needs[1]:
+            _accumulate(dw, g, tokens, int(start > 0))
+        if needs[2]:
+            db += g.sum(0, dtype=wide)
+    return losses, (dx, dw if rows else dw.zero_(), db)
+
+
+def _check_labels(target: Tensor, vocab: int, ignore_index: int) -> None:
+    """Raise what ``F.cross_entropy`` raises on the CPU."""
+    wrong = target[((target < 0) | (target >= vocab)) & (target != ignore_index)]
+    if wrong.numel():
+        raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
+
+
+def _kept_dtype(parameter: Tensor) -> torch.dtype:
+    """The dtype in which a gradient waits for its factor: a parameter's sum over tokens may leave float16's range."""
+    return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
+
+
+def _units(denominator: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """``seed`` in (1, 2] · headroom and ``unit``, a power of two, with ``seed · unit = 1 / denominator``."""
+    headroom = _FP16_HEADROOM if dtype == torch.float16 else 1.0
+    mantissa = torch.frexp(denominator).mantissa
+    unit = torch.where(denominator == 0, 1.0, mantissa / denominator)
+    return headroom / mantissa, unit / headroom
+
+
+@torch.library.custom_op("weft::linear_cross_entropy", mutates_args=())
+def _op(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    denominator: Tensor | None,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    logit_scale: float,
+    reduction: str,
+    chunk_tokens: int | None,
+    logits_dtype: torch.dtype | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Loss, the unit of the gradients, and the gradients in that unit (empty where ``needs`` says no)."""
+    loss = _Loss(ignore_index, label_smoothing, softcap, logit_scale)
+    flat, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1).contiguous()
+    with torch.autocast(x.device.type, enabled=False):
+        if reduction == "none":
+            seed = flat.new_ones(1, dtype=compute_dtype(x)).expand(flat.shape[0])
+            losses, (dx, dw, db) = _sweep(
+                flat, weight, bias, labels, seed, loss, chunk_tokens, logits_dtype, [False, False, False]
+            )
+            return losses.view(target.shape), seed.new_empty(()), dx, dw, db
+        if denominator is None:
+            denominator = (labels != ignore_index).sum() if reduction == "mean" else labels.new_ones(())
+        denominator = denominator.to(x.device, compute_dtype(x))
+        seed, unit = _units(denominator, x.dtype)
+        seed = seed.reshape(1).expand(flat.shape[0])
+        losses, (dx, dw, db) = _sweep(flat, weight, bias, labels, seed, loss, chunk_tokens, logits_dtype, needs)
+        dw, db = dw.to(_kept_dtype(weight)), db.to(_kept_dtype(weight))
+        return losses.sum() / denominator, unit, dx.view(x.shape) if needs[0] else dx, dw, db
+
+
+@_op.register_fake
+def _(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, denominator: Tensor | None, *rest: Any) -> Any:
+    reduction, needs, wide, kept = rest[4], rest[7], compute_dtype(x), _kept_dtype(weight)
+    keeps = [need and reduction != "none" for need in needs]
+    scalar = () if denominator is None else denominator.shape
+    return (
+        x.new_empty(target.shape if reduction == "none" else scalar, dtype=wide),
+        x.new_empty(scalar, dtype=wide),
+        x.new_empty(x.shape if keeps[0] else 0),
+        weight.new_empty(weight.shape if keeps[1] else 0, dtype=kept),
+        weight.new_empty(weight.shape[:1] if keeps[2] else 0, dtype=kept),
+    )
+
+
+@torch.library.custom_op("weft::linear_cross_entropy_backward", mutates_args=())
+def _backward_op(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    ignore_index: int,
+    label_smoothing: float,
+    softcap: float,
+    logit_scale: float,
+    chunk_tokens: int | None,
+    logits_dtype: torch.dtype | None,
+    needs: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of x, weight and bias for the gradients of single tokens' losses, from logits taken anew."""
+    loss = _Loss(ignore_index, label_smoothing, softcap, logit_scale)
+    flat, labels, seed = x.reshape(-1, x.shape[-1]), target.reshape(-1).contiguous(), grad.reshape(-1)
+    with torch.autocast(x.device.type, enabled=False):
+        _, (dx, dw, db) = _sweep(flat, weight, bias, labels, seed, loss, chunk_tokens, logits_dtype, needs)
+        return dx.view(x.shape) if needs[0] else dx, dw.to(weight.dtype), db.to(weight.dtype)
+
+
+@_backward_op.register_fake
+def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, *rest: Any) -> Gradients:
+    needs = rest[6]
+    return (
+        x.new_empty(x.shape if needs[0] else 0),
+        weight.new_empty(weight.shape if needs[1] else 0),
+        weight.new_empty(weight.shape[:1] if needs[2] else 0),
+    )
+
+
+@torch.library.custom_op("weft::linear_cross_entropy_scale", mutates_args=())
+def _scale_op(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """``values · factor`` in ``dtype``, rounded once; torch would first round ``factor`` to the dtype of ``values``."""
+    if not use_triton(values) or values.dtype == torch.float64:
+        return (values * factor).to(dtype)
+    out = torch.empty_like(values, dtype=dtype)
+    if values.numel():
+        _scale_kernel[(triton.cdiv(values.numel(), 4096),)](values, factor, out, values.numel(), BLOCK=4096)
+    return out
+
+
+@_scale_op.register_fake
+def _(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    return torch.empty_like(values, dtype=dtype)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, target, denominator, *loss, reduction, chunk_tokens, logits_dtype, needs = inputs
+    # Without this, the outputs that hold gradients would each be given a gradient of zeros, as large as the weight.
+    ctx.set_materialize_grads(False)
+    ctx.recomputes, ctx.needs, ctx.parameter_dtype = reduction == "none", needs, weight.dtype
+    ctx.options = (*loss, chunk_tokens, logits_dtype, needs)
+    if ctx.recomputes:
+        ctx.save_for_backward(x, weight, bias, target)
+    else:
+        total, unit, dx, dw, db = output
+        divides = denominator is not None and denominator.requires_grad
+        ctx.save_for_backward(unit, dx, dw, db, *((total, denominator) if divides else ()))
+
+
+def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
+    unused = (None,) * 8
+    if ctx.recomputes:
+        grads = _backward_op(grad, *ctx.saved_tensors, *ctx.options)
+        dx, dw, db = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))
+        return dx, dw, db, None, None, *unused
+    unit, dx, dw, db, *division = ctx.saved_tensors
+    factor = grad * unit
+    scaled = (
+        _scale_op(g, factor, dtype) if need else None
+        for g, need, dtype in zip((dx, dw, db), ctx.needs, (dx.dtype, *[ctx.parameter_dtype] * 2), strict=True)
+    )
+    by_denominator = (-grad * division[0] / division[1].to(grad.device)).to(division[1]) if division else None
+    return *scaled, None, by_denominator, *unused
+
+
+_op.register_autograd(_backward, setup_context=_setup_context)
+
+
+def _check(
+    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str, chunk_tokens: int | None
+) -> None:
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not form a linear layer")
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(f"bias {tuple(bias.shape)} does not fit weight {tuple(weight.shape)}")
+    if target.shape != x.shape[:-1]:
+        raise ValueError(f"target {tuple(target.shape)} must have the leading shape of x, {tuple(x.shape[:-1])}")
+    if target.dtype != torch.int64:
+        raise TypeError(f"target must be int64 class indices, not {target.dtype}")
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"{reduction} is not a valid value for reduction")
+    if chunk_tokens is not None and chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be positive, not {chunk_tokens}")
+
+
+def _under_autocast(x: Tensor) -> torch.dtype:
+    """The dtype in which ``F.linear`` would take its product."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def linear_cross_entropy(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    *,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    softcap: float = 0.0,
+    logit_scale: float = 1.0,
+    reduction: Reduction = "mean",
+    chunk_tokens: int | None = None,
+    logits_dtype: torch.dtype | None = None,
+    denominator: Tensor | float | None = None,
+) -> Tensor:
+    """``F.cross_entropy(F.linear(x, weight, bias).float(), target)`` without the logits.
+
+    With ``reduction`` "mean" or "sum" the gradients of ``x``, ``weight`` and ``bias``, where required, are taken in the
+    forward, and only they are saved. With "none" the inputs are saved, and backward takes the logits anew. Under
+    ``torch.no_grad`` nothing but the losses is computed. Double backward raises.
+
+    Args:
+        x: hidden states, (..., hidden); float16, bfloat16, float32 or float64.
+        weight: (vocab, hidden), of the dtype of ``x`` unless autocast is on.
+        bias: (vocab,) or None.
+        target: int64, the leading shape of ``x``. Tokens that hold ``ignore_index`` cost no loss and get a gradient of
+            exactly zero, whatever their logits.
+        ignore_index: label of tokens that do not count.
+        label_smoothing: ε in [0, 1].
+        softcap: bound of the logits; 0 for none.
+        logit_scale: factor of the logits, applied in float32.
+        reduction: "mean" divides by the number of tokens that count (none: NaN, as in torch), "sum", or "none".
+        chunk_tokens: tokens whose logits exist at a time. None: the largest power of two whose logits fit 256 MiB, or
+            512 MiB where ``weight`` requires a gradient.
+        logits_dtype: dtype to which the logits are rounded. None: that of ``x``, as a linear layer does. float32 with
+            half-precision ``x``: not rounded (without CUDA this casts ``weight`` once a chunk); the gradient of the
+            logits is rounded to the dtype of ``x`` all the same.
+        denominator: one number to divide the sum of losses by, whatever ``reduction`` says (``num_items_in_batch``).
+
+    Returns:
+        float32 (float64 for float64 inputs): a scalar, or the shape of ``target`` for "none".
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or options that do not fit.
+        IndexError: a label outside [0, vocab), on the CPU. On a GPU such a token's loss and gradients are NaN.
+    """
+    _check(x, weight, bias, target, reduction, chunk_tokens)
+    if denominator is not None and reduction == "none":
+        raise ValueError("denominator divides a sum of losses: reduction must be 'mean' or 'sum'")
+    dtype = _under_autocast(x)
+    if dtype != x.dtype and x.dtype != torch.float64:
+        x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if isinstance(denominator, int | float):
+        denominator = x.new_full((), denominator, dtype=compute_dtype(x))
+    if denominator is not None and denominator.numel() != 1:
+        raise ValueError(f"denominator must be one number, not {tuple(denominator.shape)}")
+    recording = torch.is_grad_enabled()
+    needs = [recording and t is not None and t.requires_grad for t in (x, weight, bias)]
+    options = (ignore_index, label_smoothing, softcap, logit_scale, reduction, chunk_tokens, logits_dtype)
+    return _op(x, weight, bias, target, denominator, *options, needs)[0]

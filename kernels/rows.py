@@ -1,0 +1,133 @@
+"""How the norms see a tensor: independent rows of numbers that lie anywhere in memory.
+
+The leading dimensions are put in the memory order of the first tensor and merged where every tensor lets them, so that
+a contiguous tensor, and a (B, H, T, D) view of a (B, T, H, D) one, become plain matrices. What cannot be merged costs
+an integer division a row. Three leading dimensions are the most a kernel takes; :func:`flat` ensures it.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import dispatch
+
+INTERPRETED = tl.constexpr(dispatch.INTERPRETED)
+Strides = tuple[int, int, int, int]
+
+LONGEST = 16384
+"""Longest row, in elements, that a program holds in registers at once; it walks over longer ones block by block."""
+TILE = 4096
+"""Elements that a program takes at a time if its rows are shorter than this."""
+
+
+def blocks(x: Tensor, per_thread: int) -> tuple[int, dict[str, Any]]:
+    """Number of blocks that the rows of ``x`` make, and the launch options that all kernels on rows share.
+
+    A block is one row, or several short ones, or a part of a row that is longer than :data:`LONGEST`; with
+    ``per_thread`` elements a thread. Row numbers are int32, whose division is cheap, unless there are too many.
+    """
+    rows, cols = math.prod(x.shape[:-1]), x.shape[-1]
+    width = min(triton.next_power_of_2(cols), LONGEST)
+    height = min(triton.next_power_of_2(rows), max(TILE // width, 1))
+    warps = min(max(width * height // (32 * per_thread), 1), 16)
+    index = tl.int32 if rows < 2**30 else tl.int64
+    options = {"rows": rows, "cols": cols, "ROWS": height, "COLS": width, "WHOLE": cols <= width, "INDEX": index}
+    return triton.cdiv(rows, height), {**options, "num_warps": warps}
+
+
+def flat(x: Tensor) -> Tensor:
+    """``x`` with its outermost dimensions merged until three are left before the last: a view where that is possible."""
+    return x if x.dim() <= 4 else x.flatten(0, -4)
+
+
+def layout(lead: Tensor, *others: Tensor) -> tuple[tuple[int, int], tuple[Strides, ...]]:
+    """The last two of three joint leading sizes in the memory order of ``lead``, and the strides of each tensor.
+
+    Triton folds a size of 1, so the ones of a matrix come last.
+
+    Args:
+        lead: (..., cols), at most three leading dimensions.
+        others: tensors with the same leading dimensions; any strides.
+    """
+    tensors = (lead, *others)
+    sizes, strides = [1], [(0,) * len(tensors)]
+    for dim in sorted(range(lead.dim() - 1), key=lead.stride, reverse=True):
+        size, steps = lead.shape[dim], tuple(t.stride(dim) for t in tensors)
+        if sizes[-1] == 1 or all(outer == size * inner for outer, inner in zip(strides[-1], steps, strict=True)):
+            sizes[-1], strides[-1] = sizes[-1] * size, steps
+        elif size != 1:
+            sizes.append(size)
+            strides.append(steps)
+    sizes += [1] * (3 - len(sizes))
+    strides += [(0,) * len(tensors)] * (3 - len(strides))
+    columns = [t.stride(-1) for t in tensors]
+    each = tuple((a, b, c, d) for a, b, c, d in zip(*strides, columns, strict=True))
+    return (sizes[1], sizes[2]), each
+
+
+def persistent(x: Tensor, per_multiprocessor: int) -> int:
+    """Programs that keep the device of ``x`` busy, each of which takes many tiles; a CPU counts as one multiprocessor."""
+    units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return units * per_multiprocessor
+
+
+@triton.jit
+def row_start(row, sizes, strides):
+    """Offset of each row, in elements, for sizes and strides from :func:`layout`."""
+    rest = row // sizes[1]
+    outer = (rest // sizes[0]).to(tl.int64) * strides[0]
+    return outer + (rest % sizes[0]).to(tl.int64) * strides[1] + (row % sizes[1]).to(tl.int64) * strides[2]
+
+
+@triton.jit
+def rounded(value, DTYPE: tl.constexpr):
+    """``value`` in ``DTYPE``, to nearest even: also in the interpreter, which truncates a float32 to bfloat16."""
+    if INTERPRETED and DTYPE == tl.bfloat16:
+        bits = value.to(tl.uint32, bitcast=True)
+        nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
+        value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
+    return value.to(DTYPE)
+
+
+@triton.jit
+def inside(row, rows, col, cols):
+    """Which elements of a block exist."""
+    return (row < rows)[:, None] & (col < cols)[None, :]
+
+
+@triton.jit
+def load(start, strides, row, rows, col, cols):
+    """The block at columns ``col`` of the rows that begin at ``start`` (rows, 1), in float32; 0 outside the matrix."""
+    there = start + col[None, :].to(tl.int64) * strides[3]
+    return tl.load(there, mask=inside(row, rows, col, cols), other=0.0).to(tl.float32)
+
+
+@triton.jit
+def store(start, strides, row, rows, col, cols, value):
+    """Writes what :func:`load` reads, rounded to the dtype behind ``start``."""
+    there = start + col[None, :].to(tl.int64) * strides[3]
+    tl.store(there, rounded(value, start.dtype.element_ty), mask=inside(row, rows, col, cols))
+
+
+@triton.jit
+def load_vector(pointer, col, cols, offset, PRESENT: tl.constexpr):
+    """``offset + vector`` as (1, cols) in float32, or 1 where there is no vector."""
+    if PRESENT:
+        return tl.load(pointer + col, mask=col < cols, other=0.0).to(tl.float32)[None, :] + offset
+    else:
+        return tl.full((1, 1), 1.0, tl.float32)
+
+
+@triton.jit
+def accumulate(pointer, col, cols, value, again):
+    """Adds ``value`` to a program's own float32 vector, which holds nothing yet unless ``again``."""
+    so_far = tl.load(pointer + col, mask=(col < cols) & again, other=0.0)
+    tl.store(pointer + col, so_far + value, mask=col < cols)
+    # The next load may give an element to another thread.
+    tl.debug_barrier()

@@ -1,0 +1,161 @@
+"""Captures regions through Dynamo with a backend of our own, runs the passes on each graph, and remembers who uses it."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import fx
+
+from . import graph as g
+from .driver import Verifier
+from .errors import WeftError
+from .lower import lower
+from .pipeline import Pass, run_pipeline
+from .report import GraphRecord, RegionRecord, RewriteReport
+from .verify import Replayer
+
+DYNAMO_SETTINGS = {"specialize_float": True, "specialize_int": True, "recompile_limit": 256, "accumulated_recompile_limit": 4096}
+"""In force while one of our regions runs: constants stay constants, and no graph is dropped for being one too many."""
+
+
+@dataclass
+class Session:
+    """One ``optimize`` call: its passes, its report, and the graphs captured for it, now and later.
+
+    It is the Dynamo backend of all its regions, so that equal blocks find each other's graph.
+    """
+
+    passes: Sequence[Pass]
+    report: RewriteReport
+    verify: bool = True
+    _region: threading.local = field(default_factory=threading.local)
+    _replays: dict[Any, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.compiler: Callable[..., Any] = self._compile
+
+    @property
+    def path(self) -> str:
+        """Path of the region that is running on this thread."""
+        return getattr(self._region, "path", "")
+
+    @contextmanager
+    def inside(self, path: str) -> Iterator[None]:
+        """Run a region: graphs captured meanwhile belong to ``path``."""
+        previous, self._region.path = self.path, path
+        try:
+            yield
+        finally:
+            self._region.path = previous
+
+    def _compile(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+        """Dynamo's backend: rewrite ``module``. Never fails: what cannot be rewritten runs as captured, and is reported."""
+        started = time.perf_counter()
+        record = GraphRecord(RegionRecord([self.path], "graph"))
+        function: Callable[..., Any] = module.forward
+        original = fx.GraphModule(module, module.graph)
+        original.graph = _copy(module.graph)
+        try:
+            self.rewrite(module, example_inputs, record)
+            function = lower(module)
+        except (WeftError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+            record = GraphRecord(RegionRecord([self.path], "graph", note=f"left as captured: {_first_line(error)}"))
+            record.region.nodes_before = record.region.nodes_after = len(module.graph.nodes)
+            self.report.notes.append(f"{self.path or '(top)'}: rewriting failed, runs as captured: {_first_line(error)}")
+            function = lower(original)
+        self.report.graphs.append(record)
+        self.report.total_seconds += time.perf_counter() - started
+        return CapturedGraph(self, record, function)
+
+    def rewrite(self, module: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> None:
+        """Run the passes over ``module``."""
+        for part in g.subgraphs(module):
+            annotate(part)
+        placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+        verifier: Verifier | None = None
+        if self.verify:
+            examples = dict(zip((n.name for n in placeholders), example_inputs, strict=False))
+            verifier = Replayer(examples, self._replays)
+        run_pipeline(module, self.passes, verifier, record)
+        record.region.parameters = reached_parameters(module)
+
+
+@dataclass
+class CapturedGraph:
+    """The callable that Dynamo installs; notes which module instance runs it."""
+
+    session: Session
+    record: GraphRecord
+    function: Callable[..., Any]
+
+    def __call__(self, *args: Any) -> Any:
+        paths = self.record.region.paths
+        if self.session.path not in paths:
+            paths.append(self.session.path)
+        return self.function(*args)
+
+
+def _copy(graph: fx.Graph) -> fx.Graph:
+    copied = fx.Graph()
+    output = copied.graph_copy(graph, {})
+    copied.output(output)
+    return copied
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
+
+
+def annotate(module: fx.GraphModule) -> None:
+    """Put every node's fake value where the engine looks for it."""
+    for node in module.graph.nodes:
+        if "val" not in node.meta and "example_value" in node.meta:
+            node.meta["val"] = node.meta["example_value"]
+
+
+def parameter_name(placeholder: fx.Node) -> str:
+    """Path of the parameter that ``placeholder`` stands for, relative to the region; "" for other inputs."""
+    argument = placeholder.meta.get("grapharg")
+    origin = getattr(argument, "source", None)
+    name = getattr(origin, "name", "")
+    name = name() if callable(name) else name
+    if "_parameters[" not in name:
+        return ""
+    return g.clean_path(name.replace("_modules", "").replace("_parameters", ""))
+
+
+def reached_parameters(module: fx.GraphModule) -> list[str]:
+    """Parameters of the region that one of our operators reads."""
+    found = []
+    for node in module.graph.nodes:
+        if node.op == "placeholder" and any(_is_ours(u) for u in node.users):
+            found.append(parameter_name(node))
+    return [name for name in found if name]
+
+
+def _is_ours(node: fx.Node) -> bool:
+    return (getattr(node.target, "__module__", "") or "").startswith("weft.")
+
+
+@contextmanager
+def dynamo_settings() -> Iterator[None]:
+    """:data:`DYNAMO_SETTINGS`, for as long as a region runs.
+
+    Plain assignment: ``config.patch`` takes 0.3 ms, more than a decoding step has for a layer.
+    """
+    config = torch._dynamo.config
+    kept = {name: getattr(config, name) for name in DYNAMO_SETTINGS}
+    for name, setting in DYNAMO_SETTINGS.items():
+        setattr(config, name, setting)
+    try:
+        yield
+    finally:
+        for name, setting in kept.items():
+            setattr(config, name, setting)

@@ -1,0 +1,57 @@
+"""What a model must be before it is touched. Every refusal names the module and the remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from .errors import OptionError, UnsupportedModelError
+
+
+def check_model(model: Any) -> None:
+    """Refuse models that cannot be captured or whose weights are not where they are computed with.
+
+    Raises:
+        OptionError: not an ``nn.Module``.
+        UnsupportedModelError: no parameters, meta or offloaded weights, several devices, compiled already.
+    """
+    if not isinstance(model, nn.Module):
+        raise OptionError(f"optimize() takes a torch.nn.Module, not {type(model).__name__}")
+    _check_compiled(model)
+    _check_hooks(model)
+    _check_weights(model)
+
+
+def _check_compiled(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+            raise UnsupportedModelError(
+                f"{path or type(module).__name__} is compiled already: call optimize() on the model before torch.compile"
+            )
+        if isinstance(module, torch.jit.ScriptModule):
+            raise UnsupportedModelError(f"{path or type(module).__name__} is a TorchScript module: optimize() the original")
+
+
+def _check_hooks(model: nn.Module) -> None:
+    for path, module in model.named_modules():
+        hook = getattr(module, "_hf_hook", None)
+        if hook is not None and (getattr(hook, "offload", False) or getattr(hook, "cpu_offload_hook", None) is not None):
+            raise UnsupportedModelError(
+                f"the weights of {path or 'the model'} are offloaded by accelerate: load the model onto one device "
+                '(device_map={"": 0}) before optimize()'
+            )
+
+
+def _check_weights(model: nn.Module) -> None:
+    devices: dict[torch.device, str] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise UnsupportedModelError(f"{name} is on the meta device: load the weights before optimize()")
+        devices.setdefault(parameter.device, name)
+    if not devices:
+        raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to optimize")
+    if len(devices) > 1:
+        where = ", ".join(f"{name} on {device}" for device, name in devices.items())
+        raise UnsupportedModelError(f"the weights are on several devices ({where}): move the model to one with model.to(device)")

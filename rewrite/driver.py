@@ -1,0 +1,229 @@
+"""Applies rules to one graph until none matches: pattern → legality → check → replacement → replay → commit."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import graph as g
+from .expr import View
+from .match import Match, Miss, find
+from .report import NearMiss, Refusal, Rewrite
+from .rule import RewriteRule
+from .vocabulary import operation
+
+
+class Verifier(Protocol):
+    """Replays a replacement against what it replaces."""
+
+    def __call__(self, module: fx.GraphModule, change: Change) -> tuple[float | None, str | None]:
+        """The replacement's error relative to what it may be, and why it is rejected, if it is."""
+        ...
+
+
+@dataclass
+class Change:
+    """One replacement, built but not yet committed."""
+
+    rule: str
+    inputs: list[fx.Node]
+    old: list[fx.Node]
+    old_outputs: tuple[fx.Node, ...]
+    new: list[fx.Node]
+    new_outputs: tuple[fx.Node, ...]
+
+
+@dataclass
+class Outcome:
+    """What a pass did to a graph; module paths are relative to the captured region."""
+
+    rewrites: list[Rewrite] = field(default_factory=list)
+    refusals: list[Refusal] = field(default_factory=list)
+    misses: list[NearMiss] = field(default_factory=list)
+
+    def extend(self, other: Outcome) -> None:
+        """Append all that ``other`` holds."""
+        self.rewrites += other.rewrites
+        self.refusals += other.refusals
+        self.misses += other.misses
+
+
+def apply_rule(module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None) -> Outcome:
+    """Rewrite ``module.graph`` with ``rule`` to a fixed point, from outputs to inputs."""
+    outcome, refused = Outcome(), set[tuple[str, Any]]()
+    while _sweep(module, rule, verifier, outcome, refused):
+        pass
+    return outcome
+
+
+def _sweep(module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None, outcome: Outcome, refused: set[Any]) -> bool:
+    view, contexts = View(), g.context_of(module.graph)
+    for node in reversed(list(module.graph.nodes)):
+        miss, length = Miss(), 0
+        for match in _matches(rule, view, node, miss):
+            length = match.pattern.size
+            refusal = _illegal(rule, match, contexts) or rule.check(match)
+            if refusal is None:
+                refusal = _replace(module, rule, match, verifier, outcome)
+                if refusal is None:
+                    return True
+            if (rule.name, node.name) not in refused:
+                refused.add((rule.name, node.name))
+                outcome.refusals.append(refusal)
+            break
+        if not length and miss.node is not None:
+            _note_miss(rule, node, miss, outcome, refused)
+    return False
+
+
+def _note_miss(rule: RewriteRule, node: fx.Node, miss: Miss, outcome: Outcome, refused: set[Any]) -> None:
+    size = max(p.size for p in rule.patterns)
+    assert miss.node is not None
+    key = ("miss", rule.name, g.module_path(node))
+    if 2 * miss.progress > size and key not in refused:
+        refused.add(key)
+        outcome.misses.append(
+            NearMiss(rule.name, g.module_path(node), g.source(node), f"{miss.progress} of {size} operations", miss.reason)
+        )
+
+
+def _matches(rule: RewriteRule, view: View, node: fx.Node, miss: Miss) -> Iterator[Match]:
+    if node.op not in ("call_function", "call_method"):
+        return
+    target = view.of(node)
+    if target.op in ("cast", "leaf") or target.node is not node:
+        return
+    for pattern in rule.patterns:
+        if pattern.root.op != target.op:
+            continue
+        for outputs, bindings in find(pattern, target, miss):
+            match = Match(pattern, (node, *outputs[1:]), bindings)
+            if rule.absorb_cast:
+                match.outputs = (_through_casts(node), *match.outputs[1:])
+            match.nodes = g.backward_slice(match.outputs, match.inputs())
+            yield match
+
+
+def _through_casts(node: fx.Node) -> fx.Node:
+    """The last of the casts that each alone read the one before."""
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.op == "output" or operation(user) != "cast" or user.args[0] is not node or not _same_device(user, node):
+            return node
+        if not (g.dtype_of(user) or torch.int).is_floating_point:
+            return node
+        node = user
+    return node
+
+
+def _same_device(a: fx.Node, b: fx.Node) -> bool:
+    x, y = g.tensor_of(a), g.tensor_of(b)
+    return x is not None and y is not None and x.device == y.device
+
+
+def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, int]) -> Refusal | None:
+    """A refusal where moving the matched computation to one place would change what it reads or whether it is tracked."""
+    if len({contexts[n] for n in match.nodes if n.op != "get_attr"}) > 1:
+        return rule.refuse(match, "gradient or autocast mode changes between the matched operations")
+    if any(g.is_random(n) for n in match.nodes):
+        return rule.refuse(match, "a random operation would be moved")
+    start, end = match.nodes[0], _insertion_point(match)
+    inside = [n for n in match.root.graph.nodes if not g.before(n, start) and not g.before(match.root, n)]
+    read = set[fx.Node]().union(*(g.storage_roots(i) for i in match.inputs()), *(g.storage_roots(n) for n in match.nodes))
+    for node in inside:
+        if g.is_in_place(node) and node.args and isinstance(node.args[0], fx.Node) and read & g.storage_roots(node.args[0]):
+            return rule.refuse(match, f"{node.name} overwrites a value in place between the matched operations")
+    late = [i.name for i in match.inputs() if not g.before(i, end)]
+    return rule.refuse(match, f"{late[0]} is computed after an output is first read") if late else None
+
+
+def _insertion_point(match: Match) -> fx.Node:
+    return min(match.outputs, key=lambda n: n._sort_key)
+
+
+def _replace(
+    module: fx.GraphModule, rule: RewriteRule, match: Match, verifier: Verifier | None, outcome: Outcome
+) -> Refusal | None:
+    new_outputs, new = _build(module.graph, rule, match)
+    change = Change(rule.name, match.inputs(), match.nodes, match.outputs, new, new_outputs)
+    problem = _type_problem(change)
+    error = None
+    if problem is None and verifier is not None:
+        error, problem = verifier(module, change)
+    if problem is not None:
+        g.erase_dead(new)
+        return rule.refuse(match, problem)
+    path, place = g.module_path(match.root), g.source(match.root)
+    outcome.rewrites.append(Rewrite(rule.name, path, place, *commit(change), error))
+    return None
+
+
+def _build(graph: fx.Graph, rule: RewriteRule, match: Match) -> tuple[tuple[fx.Node, ...], list[fx.Node]]:
+    """Insert the replacement's nodes, with the meta data of what they replace and fake values of their own."""
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    before = set(graph.nodes)
+    point = _insertion_point(match)
+    wrap = lambda a: fx.Proxy(a, tracer) if isinstance(a, fx.Node) else a  # noqa: E731
+    arguments = {name: g.map_nodes(match.bindings.get(name), wrap) for name in match.pattern.wildcards}
+    with graph.inserting_before(point):
+        result = rule.rewrite(match, **arguments)
+    outputs = tuple(r.node for r in (result if isinstance(result, tuple) else (result,)))
+    new = [n for n in graph.nodes if n not in before]
+    for node in new:
+        node.meta = {k: v for k, v in match.root.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        node.meta["val"] = fake_run(node)
+    return outputs, new
+
+
+def fake_run(node: fx.Node) -> Any:
+    """What ``node`` computes, on fake tensors: its shape, dtype, device and whether it is tracked."""
+    values = [v for n in node.all_input_nodes for v in _tensors(g.value(n))]
+    mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
+    args, kwargs = g.map_nodes((node.args, dict(node.kwargs)), g.value)
+    with mode or nullcontext():
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        assert callable(node.target)
+        return node.target(*args, **kwargs)
+
+
+def _tensors(found: Any) -> list[Tensor]:
+    if isinstance(found, Tensor):
+        return [found]
+    return [t for f in found for t in _tensors(f)] if isinstance(found, tuple | list) else []
+
+
+def _type_problem(change: Change) -> str | None:
+    for old, new in zip(change.old_outputs, change.new_outputs, strict=True):
+        before, after = g.tensor_of(old), g.tensor_of(new)
+        if before is None or after is None:
+            continue
+        if (before.dtype, before.device) != (after.dtype, after.device) or before.ndim != after.ndim:
+            return f"the replacement computes {after.dtype}{list(after.shape)}, not {before.dtype}{list(before.shape)}"
+        if any(g.hint(a) != g.hint(b) for a, b in zip(before.shape, after.shape, strict=True)):
+            return f"the replacement's shape {list(after.shape)} is not {list(before.shape)}"
+    return None
+
+
+def commit(change: Change) -> tuple[int, int, int]:
+    """Make every reader read the replacement, and erase what is then unread.
+
+    Returns nodes removed, nodes added, and the bytes of intermediate results that are no longer written.
+    """
+    for old, new in zip(change.old_outputs, change.new_outputs, strict=True):
+        old.replace_all_uses_with(new, propagate_meta=False)
+    sizes = {n: g.tensor_bytes(n) for n in change.old if g.is_pure(n) and not _is_view(n)}
+    removed = g.erase_dead(change.old)
+    gone = sum(size for node, size in sizes.items() if node._erased)
+    added = sum(g.tensor_bytes(n) for n in change.new if not _is_view(n))
+    return removed, len(change.new), max(0, gone - added)
+
+
+def _is_view(node: fx.Node) -> bool:
+    return node.op in ("call_function", "call_method") and operation(node) in g.VIEWS - {"contiguous", "cast"}

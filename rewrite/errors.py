@@ -1,0 +1,35 @@
+"""Every error that weft raises on purpose. Each message names the module or file, what is wrong, and what to do."""
+
+from __future__ import annotations
+
+
+class WeftError(Exception):
+    """Base of all errors raised by weft."""
+
+
+class UnsupportedModelError(WeftError, ValueError):
+    """The model, as it stands, cannot be optimized: offloaded, on the meta device, compiled already, without parameters."""
+
+
+class ExampleInputsError(WeftError, ValueError):
+    """Example inputs are missing, cannot be made from the model's config, or do not fit the model's forward."""
+
+
+class OptionError(WeftError, ValueError):
+    """An argument of a public function has a wrong type or value."""
+
+
+class UndoError(WeftError, RuntimeError):
+    """``undo`` cannot restore the model: weft never optimized it, or its former weights were not kept."""
+
+
+class DroppedOutputError(WeftError, AttributeError):
+    """An output was read that a rewrite, at the user's request, no longer computes."""
+
+
+class PatternError(WeftError, ValueError):
+    """A rewrite rule is malformed: its pattern, its variants and its replacement do not fit each other."""
+
+
+class VerificationError(WeftError, AssertionError):
+    """A graph broke an invariant (lint, shapes, dtypes) that no later pass could repair."""

@@ -1,0 +1,197 @@
+"""What the engine asks of a torch.fx graph: values, where a node came from, slices, and what may not be reordered."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx.node import map_arg
+
+from .vocabulary import is_in_place, operation, target_name
+
+_CONTEXT_TARGETS = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "set_grad_enabled", "_enter_inference_mode")
+_RANDOM = frozenset("dropout dropout_ bernoulli bernoulli_ rand randn rand_like randn_like alpha_dropout normal_ uniform_ "
+                    "multinomial rrelu gumbel_softmax feature_dropout native_dropout".split())
+VIEWS = frozenset("view transpose permute t unsqueeze squeeze expand getitem select narrow chunk split unbind flatten "
+                   "unflatten view_as view_as_real view_as_complex detach diagonal expand_as contiguous cast "
+                   "as_strided movedim real imag mT T H".split())
+
+
+def value(node: Any) -> Any:
+    """The fake value that ``node`` was traced with: a tensor, a tuple of them, a number; None if unknown."""
+    if not isinstance(node, fx.Node):
+        return node
+    return node.meta["val"] if "val" in node.meta else node.meta.get("example_value")
+
+
+def tensor_of(node: Any) -> Tensor | None:
+    """:func:`value` where that is a tensor, else None."""
+    found = value(node)
+    return found if isinstance(found, Tensor) else None
+
+
+def dtype_of(node: Any) -> torch.dtype | None:
+    """The dtype of the tensor that ``node`` computes."""
+    found = tensor_of(node)
+    return None if found is None else found.dtype
+
+
+def sizes(node: Any) -> tuple[Any, ...]:
+    """The shape of the tensor that ``node`` computes, symbolic sizes included; () if it computes none."""
+    found = tensor_of(node)
+    return () if found is None else tuple(found.shape)
+
+
+def static_size(node: Any, dim: int = -1) -> int | None:
+    """Size along ``dim`` where it is a plain integer."""
+    shape = sizes(node)
+    if not shape or not -len(shape) <= dim < len(shape):
+        return None
+    return shape[dim] if isinstance(shape[dim], int) else None
+
+
+def requires_grad(node: Any) -> bool:
+    """Whether autograd tracks the tensor that ``node`` computes."""
+    found = tensor_of(node)
+    return bool(found is not None and found.requires_grad)
+
+
+def module_path(node: fx.Node) -> str:
+    """Path of the innermost module whose forward created ``node``, relative to the captured region; "" for its own."""
+    stack = node.meta.get("nn_module_stack") or {}
+    paths = [entry[0] for entry in stack.values() if isinstance(entry, tuple) and isinstance(entry[0], str)]
+    return clean_path(paths[-1]) if paths else ""
+
+
+def clean_path(text: str) -> str:
+    """``L['self'].layers['0'].mlp`` and ``L['fn'].layers[0].mlp`` as ``layers.0.mlp``."""
+    text = re.sub(r"^L\[['\"][^'\"]*['\"]\]\.?", "", text)
+    text = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", text)
+    return re.sub(r"\._modules\.|\.\.", ".", text).strip(".")
+
+
+def source(node: fx.Node) -> str:
+    """``file.py:line`` of the innermost frame that created ``node``; "" if unknown."""
+    frames = re.findall(r'File "([^"]+)", line (\d+)', node.meta.get("stack_trace") or "")
+    return f"{frames[-1][0].rsplit('/', 1)[-1]}:{frames[-1][1]}" if frames else ""
+
+
+def backward_slice(outputs: Iterable[fx.Node], stop: Iterable[fx.Node]) -> list[fx.Node]:
+    """Every node that ``outputs`` need and that is not in ``stop``, in graph order; placeholders excluded."""
+    barrier, found = set(stop), set[fx.Node]()
+    pending = [n for n in outputs if n not in barrier]
+    while pending:
+        node = pending.pop()
+        if node in found or node.op in ("placeholder", "output"):
+            continue
+        found.add(node)
+        pending.extend(n for n in node.all_input_nodes if n not in barrier)
+    return sorted(found, key=_position)
+
+
+def _position(node: fx.Node) -> Any:
+    return node._sort_key
+
+
+def before(a: fx.Node, b: fx.Node) -> bool:
+    """Whether ``a`` stands before ``b`` in their graph."""
+    return a._sort_key < b._sort_key
+
+
+def is_context(node: fx.Node) -> bool:
+    """Whether ``node`` switches gradient or autocast mode for the nodes after it."""
+    return node.op == "call_function" and target_name(node.target) in _CONTEXT_TARGETS
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether ``node`` draws from the random generator."""
+    return node.op in ("call_function", "call_method") and operation(node) in _RANDOM
+
+
+def is_pure(node: fx.Node) -> bool:
+    """Whether ``node`` may be erased when nothing reads it."""
+    if node.op in ("get_attr",):
+        return True
+    return node.op in ("call_function", "call_method") and not (is_in_place(node) or is_context(node) or is_random(node))
+
+
+def storage_roots(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose memory ``node`` may share, through any chain of views, itself included."""
+    roots, pending = {node}, [node]
+    while pending:
+        current = pending.pop()
+        if current.op in ("call_function", "call_method") and (operation(current) in VIEWS or is_in_place(current)):
+            for parent in current.all_input_nodes:
+                if parent not in roots:
+                    roots.add(parent)
+                    pending.append(parent)
+    return roots
+
+
+def context_of(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For each node, the number of mode switches before it: nodes of one number run under the same modes."""
+    contexts: dict[fx.Node, int] = {}
+    count = 0
+    for node in graph.nodes:
+        count += is_context(node)
+        contexts[node] = count
+    return contexts
+
+
+def copy_nodes(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node], outputs: Iterable[fx.Node], root: fx.GraphModule) -> fx.GraphModule:
+    """``nodes`` as a graph module of their own, with ``inputs`` as placeholders and a tuple of ``outputs``."""
+    graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
+    for i, node in enumerate(inputs):
+        env[node] = graph.placeholder(f"in_{i}")
+        env[node].meta = dict(node.meta)
+    for node in nodes:
+        env[node] = graph.node_copy(node, lambda n: env[n])
+    graph.output(tuple(env[n] for n in outputs))
+    return fx.GraphModule(root, graph)
+
+
+def erase_dead(nodes: Iterable[fx.Node]) -> int:
+    """Erase those of ``nodes`` that are pure and unread, last first; returns how many."""
+    erased = 0
+    for node in sorted(nodes, key=_position, reverse=True):
+        if not node.users and is_pure(node):
+            node.graph.erase_node(node)
+            erased += 1
+    return erased
+
+
+def map_nodes(argument: Any, function: Any) -> Any:
+    """``argument`` with every node in it replaced by ``function(node)``."""
+    return map_arg(argument, function)
+
+
+def tensor_bytes(node: fx.Node) -> int:
+    """Bytes of the tensor that ``node`` computes at the shapes it was traced with; 0 if unknown."""
+    found = tensor_of(node)
+    if found is None:
+        return 0
+    count = 1
+    for size in found.shape:
+        count *= size if isinstance(size, int) else hint(size)
+    return count * found.element_size()
+
+
+def hint(size: Any) -> int:
+    """The value that a symbolic size had while tracing."""
+    if isinstance(size, int):
+        return size
+    node = size.node
+    return int(node.hint) if node.hint is not None else 2
+
+
+def subgraphs(module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """``module`` and every graph module that its higher-order operators call, outermost first."""
+    yield module
+    for node in module.graph.nodes:
+        if node.op == "get_attr":
+            child = getattr(module, str(node.target), None)
+            if isinstance(child, fx.GraphModule) and not str(node.target).startswith(("fwd_body", "bwd_body")):
+                yield from subgraphs(child)

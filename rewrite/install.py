@@ -1,0 +1,99 @@
+"""Puts captured regions into one model instance, and takes them out again. Nothing global is patched.
+
+A replaced forward is an instance attribute. Pickled or copied, it turns into the class's own forward bound to the copy, so
+that ``copy.deepcopy`` and ``torch.save`` yield a model that works, unoptimized, with or without weft installed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import types
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import update_wrapper
+from typing import Any
+
+import torch
+from torch import nn
+
+from .capture import Session, dynamo_settings
+from .regions import Site
+
+
+def _own_forward(module: nn.Module) -> Callable[..., Any]:
+    """The class's forward, bound to ``module``: what an installed forward becomes when it is copied or pickled."""
+    return types.MethodType(type(module).forward, module)
+
+
+class InstalledForward:
+    """A replaced forward. Its signature is the original's, which Trainer and ``generate`` inspect."""
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any], original: Callable[..., Any]) -> None:
+        self.module = module
+        self.run = run
+        self.original = original
+        update_wrapper(self, original, updated=())
+        self.__signature__ = inspect.signature(original)
+
+    @torch.compiler.disable(recursive=False)
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.run(*args, **kwargs)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _own_forward, (self.module,)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copied = memo.get(id(self.module))
+        return _own_forward(copied) if copied is not None else self
+
+
+@dataclass
+class Installation:
+    """The replaced forwards of one model."""
+
+    session: Session
+    replaced: dict[str, tuple[nn.Module, Any]] = field(default_factory=dict)
+
+    def install(self, site: Site) -> None:
+        """Replace the forward of one module; what an earlier instance attribute held is kept for :meth:`remove`."""
+        original = site.module.forward
+        run = self._region(site, original) if site.role == "region" else torch.compiler.disable(original)
+        self.replaced[site.path] = (site.module, site.module.__dict__.get("forward"))
+        site.module.__dict__["forward"] = InstalledForward(site.module, run, original)
+
+    def _region(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
+        compiled = torch.compile(original, backend=self.session.compiler, dynamic=True)
+        session, path = self.session, site.path
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            with session.inside(path), dynamo_settings():
+                return compiled(*args, **kwargs)
+
+        return run
+
+    def remove(self, path: str) -> None:
+        """Give one module its former forward back."""
+        module, previous = self.replaced.pop(path)
+        if previous is None:
+            module.__dict__.pop("forward", None)
+        else:
+            module.__dict__["forward"] = previous
+
+    def remove_all(self) -> None:
+        """Give every module its former forward back, last installed first."""
+        for path in reversed(list(self.replaced)):
+            self.remove(path)
+
+    def drop_unused(self) -> None:
+        """Give back the forwards in whose graphs nothing was rewritten: a guard check there buys nothing."""
+        useful = {path for record in self.session.report.graphs if record.rewrites for path in record.region.paths}
+        regions = [p for p, (m, _) in self.replaced.items() if p not in useful and _installed_region(m)]
+        for path in regions:
+            self.remove(path)
+        if not any(_installed_region(m) for m, _ in self.replaced.values()):
+            self.remove_all()
+
+
+def _installed_region(module: nn.Module) -> bool:
+    forward = module.__dict__.get("forward")
+    return isinstance(forward, InstalledForward) and not getattr(forward.run, "_torchdynamo_disable", False)

@@ -1,0 +1,84 @@
+"""Patterns: ordinary code, traced once into canonical expressions whose parameters are wildcards."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import fx
+
+from .errors import PatternError
+from .expr import Expr, View
+
+Variants = Mapping[str, Sequence[Any]]
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """One variant of a rule's pattern.
+
+    ``outputs[0]`` is matched; the other outputs are expressions inside it whose values the replacement computes too.
+    """
+
+    variant: Mapping[str, Any]
+    outputs: tuple[Expr, ...]
+    wildcards: tuple[str, ...]
+    size: int = field(default=0)
+
+    @property
+    def root(self) -> Expr:
+        """The expression to find."""
+        return self.outputs[0]
+
+
+def trace_patterns(function: Callable[..., Any], variants: Variants) -> tuple[Pattern, ...]:
+    """Every variant of ``function``, largest first, so that the widest match is found first.
+
+    Raises:
+        PatternError: a variant returns something other than expressions, or names a keyword the function lacks.
+    """
+    names = list(inspect.signature(function).parameters)
+    unknown = set(variants) - set(names)
+    if unknown:
+        raise PatternError(f"{function.__qualname__}: variants name no parameter of the pattern: {sorted(unknown)}")
+    wildcards = tuple(n for n in names if n not in variants)
+    traced = [_trace(function, wildcards, chosen) for chosen in _choices(variants)]
+    return tuple(sorted((p for p in traced if p is not None), key=lambda p: -p.size))
+
+
+def _choices(variants: Variants) -> Iterator[dict[str, Any]]:
+    for values in itertools.product(*variants.values()):
+        yield dict(zip(variants, values, strict=True))
+
+
+def _trace(function: Callable[..., Any], wildcards: tuple[str, ...], variant: dict[str, Any]) -> Pattern | None:
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    proxies = {name: fx.Proxy(graph.placeholder(name), tracer) for name in wildcards}
+    result = function(**proxies, **variant)
+    if result is None:
+        return None
+    results = result if isinstance(result, tuple) else (result,)
+    if not all(isinstance(r, fx.Proxy) for r in results):
+        raise PatternError(f"{function.__qualname__} with {variant} must return what it computes from its arguments")
+    view = View(pattern=True)
+    outputs = tuple(view.of(r.node) for r in results)
+    return Pattern(variant, outputs, wildcards, sum(e.op != "?" for e in outputs[0].walk()))
+
+
+def _record(name: str, *args: Any) -> Any:
+    proxy = next(a for a in args if isinstance(a, fx.Proxy))
+    return proxy.tracer.create_proxy("call_method", name, args, {})
+
+
+def part(x: Any, start: Any, stop: Any, step: Any = 1) -> Any:
+    """In a pattern: the elements start, start + step, … of the last dimension, however a model takes them."""
+    return _record("part", x, start, stop, step)
+
+
+def interleave(a: Any, b: Any) -> Any:
+    """In a pattern: a[0], b[0], a[1], b[1], … along the last dimension, however a model joins them."""
+    return _record("interleave", a, b)

@@ -1,0 +1,87 @@
+"""Runs passes over a captured graph, in order, with its invariants checked after each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+from torch import fx
+
+from . import graph as g
+from .driver import Outcome, Verifier, apply_rule
+from .errors import VerificationError
+from .report import GraphRecord
+from .rule import RewriteRule
+
+
+@runtime_checkable
+class Pass(Protocol):
+    """Anything with a name that changes a graph module in place and says what it did. Its fields are its options."""
+
+    @property
+    def name(self) -> str:
+        """As reports print it."""
+        ...
+
+    def run(self, module: fx.GraphModule, verifier: Verifier | None) -> Outcome:
+        """Change ``module.graph``; module paths in the outcome are relative to the captured region."""
+        ...
+
+
+@dataclass(frozen=True)
+class Rules:
+    """A pass that applies rules to a fixed point, one after the other."""
+
+    name: str
+    rules: tuple[RewriteRule, ...]
+
+    def run(self, module: fx.GraphModule, verifier: Verifier | None) -> Outcome:
+        """Apply each rule wherever it matches."""
+        outcome = Outcome()
+        for rule in self.rules:
+            outcome.extend(apply_rule(module, rule, verifier))
+        return outcome
+
+
+def run_pipeline(module: fx.GraphModule, passes: Sequence[Pass], verifier: Verifier | None, record: GraphRecord) -> None:
+    """Run ``passes`` over ``module`` and the graphs inside it, filling ``record``.
+
+    Raises:
+        VerificationError: a pass left a malformed graph, or changed the type of an output.
+    """
+    record.region.nodes_before += _count(module)
+    for each in passes:
+        started = time.perf_counter()
+        for part in list(g.subgraphs(module)):
+            _run_pass(each, part, verifier, record)
+        record.seconds[each.name] = record.seconds.get(each.name, 0.0) + time.perf_counter() - started
+    record.region.nodes_after += _count(module)
+    record.region.nodes_covered += sum(r.nodes_removed for r in record.rewrites)
+
+
+def _run_pass(each: Pass, module: fx.GraphModule, verifier: Verifier | None, record: GraphRecord) -> None:
+    before = _output_types(module)
+    outcome = each.run(module, verifier)
+    record.rewrites += outcome.rewrites
+    record.refusals += outcome.refusals
+    record.misses += outcome.misses
+    try:
+        module.graph.lint()
+    except RuntimeError as error:
+        raise VerificationError(f"pass {each.name!r} left a malformed graph: {error}") from error
+    after = _output_types(module)
+    if before != after:
+        raise VerificationError(f"pass {each.name!r} changed the outputs from {before} to {after}")
+    module.recompile()
+
+
+def _output_types(module: fx.GraphModule) -> list[Any]:
+    output = next(n for n in reversed(module.graph.nodes) if n.op == "output")
+    found = [g.tensor_of(n) for n in output.all_input_nodes]
+    return [None if t is None else (t.dtype, t.ndim, t.device) for t in found]
+
+
+def _count(module: fx.GraphModule) -> int:
+    return sum(n.op in ("call_function", "call_method") for part in g.subgraphs(module) for n in part.graph.nodes)

@@ -1,0 +1,110 @@
+"""Cuts a model into the regions that are captured: by structure, never by name.
+
+The repeated children of one class in a container are the blocks; a block is one region, and since all blocks of a class run
+one code object, they share one graph. What holds blocks runs as written, except the outermost forward (head and loss),
+which is captured around its calls into the holders.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import nn
+
+Role = Literal["region", "opaque"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One module whose forward is replaced: captured as a ``region``, or kept out of the surrounding one (``opaque``)."""
+
+    path: str
+    module: nn.Module
+    role: Role
+
+
+def plan_sites(root: nn.Module, prefix: str = "") -> list[Site]:
+    """The forwards to replace, innermost first, each module once however often it is shared."""
+    blocks = find_blocks(root)
+    holders = _holders(root, blocks)
+    sites = [Site(_join(prefix, path), module, "region") for path, module in blocks.items()]
+    if not blocks:
+        return [Site(prefix, root, "region")]
+    for path, holder in holders.items():
+        sites += [Site(_join(prefix, p), m, "region") for p, m in _side_modules(path, holder, blocks, holders)]
+    top = [Site(_join(prefix, p), m, "opaque") for p, m in _outermost(holders)]
+    return _once([*sites, *top, *([Site(prefix, root, "region")] if "" not in _direct(holders, blocks) else [])])
+
+
+def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
+    """The outermost repeated children: two or more of one class, with parameters, in one container."""
+    found: dict[str, nn.Module] = {}
+    for path, container in root.named_modules():
+        if not isinstance(container, nn.ModuleList | nn.Sequential | nn.ModuleDict):
+            continue
+        if any(path == b or path.startswith(b + ".") for b in found):
+            continue
+        children = list(container.named_children())
+        classes = [type(c) for _, c in children]
+        found |= {
+            _join(path, name): child
+            for name, child in children
+            if classes.count(type(child)) > 1 and _is_block(child)
+        }
+    return found
+
+
+def _is_block(module: nn.Module) -> bool:
+    """A block holds several parametrized modules: a list of plain linears is no list of blocks."""
+    return sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules()) > 1
+
+
+def _holders(root: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
+    """Every module with a forward of its own on the way from the root to a block; the root is ``""``."""
+    paths = {"".join(p) for b in blocks for p in _ancestors(b)}
+    return {p: root.get_submodule(p) for p in sorted(paths) if _has_forward(root.get_submodule(p))}
+
+
+def _ancestors(path: str) -> Iterator[str]:
+    while path:
+        path = path.rpartition(".")[0]
+        yield path
+
+
+def _has_forward(module: nn.Module) -> bool:
+    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
+
+
+def _direct(holders: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> set[str]:
+    """The holders whose own forward runs the loop over the blocks."""
+    return {next(p for p in _ancestors(b) if p in holders) for b in blocks}
+
+
+def _side_modules(
+    path: str, holder: nn.Module, blocks: dict[str, nn.Module], holders: dict[str, nn.Module]
+) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a holder that hold no block. Those of a captured root are captured with it."""
+    if path == "" and "" not in _direct(holders, blocks):
+        return
+    for name, child in holder.named_children():
+        full = _join(path, name)
+        inside = any(b == full or b.startswith(full + ".") for b in blocks)
+        if not inside and _has_forward(child) and any(True for _ in child.parameters()):
+            yield full, child
+
+
+def _outermost(holders: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
+    """The holders just below the root: where the captured root's graph is interrupted."""
+    below = [p for p in holders if p]
+    return [(p, holders[p]) for p in below if not any(p.startswith(q + ".") for q in below if q != p)]
+
+
+def _once(sites: list[Site]) -> list[Site]:
+    """Shared modules appear under several paths and are replaced once."""
+    return list({id(s.module): s for s in reversed(sites)}.values())[::-1]
+
+
+def _join(a: str, b: str) -> str:
+    return f"{a}.{b}" if a and b else a or b

@@ -1,0 +1,139 @@
+"""The report as a person reads it: a table in a terminal, one page of HTML, sentences for one module."""
+
+from __future__ import annotations
+
+import html
+import re
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+from .report import RewriteReport
+
+
+def fold(paths: Iterable[str]) -> list[str]:
+    """``layers.0.mlp``, ``layers.1.mlp``, ``layers.3.mlp`` as ``layers.{0-1,3}.mlp``."""
+    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
+    for path in dict.fromkeys(paths):
+        found = re.match(r"^(.*?\b)(\d+)(\b.*)$", path)
+        if found:
+            groups[found[1], found[3]].append(int(found[2]))
+        else:
+            groups[path, ""].append(-1)
+    return [head if ns == [-1] else f"{head}{_ranges(ns)}{tail}" for (head, tail), ns in groups.items()]
+
+
+def _ranges(numbers: list[int]) -> str:
+    runs: list[list[int]] = []
+    for n in sorted(numbers):
+        if runs and n == runs[-1][1] + 1:
+            runs[-1][1] = n
+        else:
+            runs.append([n, n])
+    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
+    return text if len(runs) == 1 else "{" + text + "}"
+
+
+def table(headers: list[str], rows: list[list[str]]) -> str:
+    """Columns padded to their widest cell."""
+    widths = [max(len(r[i]) for r in [headers, *rows]) for i in range(len(headers))]
+    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [headers, *rows]]
+    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
+
+
+def rewrite_rows(report: RewriteReport) -> list[list[str]]:
+    """One row per rule and folded module path."""
+    groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
+    for r in report.rewrites:
+        groups[r.rule, re.sub(r"\d+", "#", r.module_path)].append(r)
+    rows = []
+    for (rule, _), records in groups.items():
+        errors = [r.error for r in records if r.error is not None]
+        rows.append([
+            rule,
+            ", ".join(fold(r.module_path for r in records)) or "(top)",
+            str(len(records)),
+            f"{sum(r.nodes_removed for r in records)} → {sum(r.nodes_added for r in records)}",
+            _bytes(sum(r.bytes_saved for r in records)),
+            f"{max(errors):.2f}" if errors else "–",
+        ])  # fmt: skip
+    return rows
+
+
+def _reason_rows(records: list[Any]) -> list[list[str]]:
+    groups: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for r in records:
+        groups[r.rule, r.reason].append(r.module_path)
+    return [[rule, ", ".join(fold(paths)) or "(top)", reason] for (rule, reason), paths in groups.items()]
+
+
+def _bytes(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def summary(report: RewriteReport) -> str:
+    """The first lines: how much was reached, in what time."""
+    rungs = defaultdict(int)
+    for region in report.regions:
+        rungs[region.rung] += len(region.paths)
+    reached = ", ".join(f"{n} by {rung}" if rung != "untouched" else f"{n} untouched" for rung, n in rungs.items())
+    return (
+        f"weft report ({report.mode}): {len(report.rewrites)} rewrites, {len(report.refusals)} refusals in "
+        f"{report.total_seconds:.1f} s (capture {report.capture_seconds:.1f} s)\n"
+        f"regions: {reached or 'none'}; {len(report.graphs)} distinct graphs\n"
+        f"reached: {report.node_share:.0%} of graph nodes, {report.parameter_share:.0%} of parameters"
+    )
+
+
+def sections(report: RewriteReport) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, headers and rows of every table that is not empty."""
+    passes = [[p.name, f"{p.seconds:.2f}", str(p.rewrites), str(p.refusals)] for p in report.passes]
+    found = [
+        ("Rewritten", ["rule", "where", "count", "nodes", "not written", "error/allowed"], rewrite_rows(report)),
+        ("Refused", ["rule", "where", "why"], _reason_rows(report.refusals)),
+        ("Nearest misses", ["rule", "where", "stopped at"], _reason_rows(report.near_misses)),
+        ("Passes", ["pass", "seconds", "rewrites", "refusals"], passes),
+    ]
+    return [section for section in found if section[2]]
+
+
+def to_text(report: RewriteReport) -> str:
+    """The whole report for a terminal."""
+    blocks = [summary(report), *(f"note: {n}" for n in report.notes)]
+    blocks += [f"\n{title}\n{table(headers, rows)}" for title, headers, rows in sections(report)]
+    return "\n".join(blocks)
+
+
+def to_html(report: RewriteReport) -> str:
+    """The whole report as one self-contained page."""
+    parts = [f"<h1>weft report</h1><pre>{html.escape(summary(report))}</pre>"]
+    parts += [f"<p>note: {html.escape(n)}</p>" for n in report.notes]
+    for title, headers, rows in sections(report):
+        head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
+        body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in rows)
+        parts.append(f"<h2>{title}</h2><table><tr>{head}</tr>{body}</table>")
+    style = "body{font:14px sans-serif;margin:2em}td,th{text-align:left;padding:.2em 1em .2em 0;border-bottom:1px solid #ddd}"
+    return f"<!doctype html><meta charset=utf-8><title>weft report</title><style>{style}</style>{''.join(parts)}"
+
+
+def why_not(report: RewriteReport, path: str) -> str:
+    """Everything the report knows of the module at ``path`` and those inside it."""
+    inside = lambda p: p == path or p.startswith(path + ".")  # noqa: E731
+    lines = [f"{r.module_path}: rewritten by {r.rule}" for r in report.rewrites if inside(r.module_path)]
+    lines += [f"{r.module_path}: {r.rule} refused: {r.reason} ({r.source})" for r in report.refusals if inside(r.module_path)]
+    lines += [
+        f"{m.module_path}: {m.rule} came as far as {m.progress}, then {m.reason} ({m.source})"
+        for m in report.near_misses
+        if inside(m.module_path)
+    ]
+    if lines:
+        return "\n".join(lines)
+    held = [r for r in report.regions if any(path == p or path.startswith(p + ".") or not p for p in r.paths)]
+    if not held:
+        return f"{path!r} was in no captured graph: the example inputs did not reach it, or no module has this path"
+    notes = "; ".join(dict.fromkeys(r.note for r in held if r.note))
+    return f"{path!r} was captured and no rule found anything like its pattern there" + (f" ({notes})" if notes else "")

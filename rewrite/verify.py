@@ -1,0 +1,214 @@
+"""Replays a replacement against what it replaces: forward and gradients, judged against float64.
+
+A replacement passes if the largest error of each output and each gradient is at most twice the original's own, in the same
+dtype, plus one unit in the last place. Inputs that are parameters keep their real values; activations are drawn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import graph as g
+from .driver import Change
+from .vocabulary import target_name
+
+LONGEST = 64
+"""Symbolic sizes are replayed at what they were while tracing, or at this if they were larger."""
+
+
+@dataclass
+class Replayer:
+    """Verifies the changes of one session; equal changes on equal types are replayed once."""
+
+    examples: Mapping[str, Any] = field(default_factory=dict)
+    seen: dict[Any, tuple[float | None, str | None]] = field(default_factory=dict)
+
+    def __call__(self, module: fx.GraphModule, change: Change) -> tuple[float | None, str | None]:
+        """The error as a share of what is allowed, and the reason for rejection if it exceeds 1."""
+        boundary = _boundary(change)
+        key = _signature(change, boundary)
+        if key not in self.seen:
+            self.seen[key] = self._replay(module, change, boundary)
+        return self.seen[key]
+
+    def _replay(self, module: fx.GraphModule, change: Change, boundary: list[fx.Node]) -> tuple[float | None, str | None]:
+        old = g.copy_nodes(change.old, boundary, change.old_outputs, module)
+        new = g.copy_nodes(change.new, boundary, change.new_outputs, module)
+        generator = torch.Generator().manual_seed(0)
+        inputs = [self.example(n, generator) for n in boundary]
+        tracked = any(g.requires_grad(o) for o in change.old_outputs)
+        exact = _run(_Float64(old).run, [_upcast(i) for i in inputs], tracked)
+        eager = _run(old, inputs, tracked)
+        ours = _run(new, inputs, tracked)
+        worst = 0.0
+        for name, truth, peer, got in _compare(exact, eager, ours):
+            if truth is None or peer is None:
+                continue
+            if got is None:
+                return None, f"replay: {name} has no gradient"
+            share = _share(truth, peer, got)
+            worst = max(worst, share)
+            if not share <= 1.0:
+                return share, f"replay: {name} is off by {share:.3g} times what is allowed"
+        return worst, None
+
+    def example(self, node: fx.Node, generator: torch.Generator) -> Any:
+        """A value for ``node``: the real one for what has a fixed shape and came from the caller, else a drawn one."""
+        fake = g.value(node)
+        if isinstance(fake, torch.SymInt | torch.SymFloat):
+            return small(fake)
+        if not isinstance(fake, Tensor):
+            return fake
+        real = self.examples.get(node.name) if node.op == "placeholder" else None
+        if isinstance(real, Tensor) and all(isinstance(s, int) for s in fake.shape):
+            return real.detach().clone().requires_grad_(fake.requires_grad and real.is_floating_point())
+        return _draw(fake, generator)
+
+
+def _draw(fake: Tensor, generator: torch.Generator) -> Tensor:
+    shape, strides = [small(s) for s in fake.shape], fake.stride()
+    if fake.dtype == torch.bool:
+        made = torch.rand(shape, generator=generator) < 0.5
+    elif fake.is_complex():
+        made = torch.polar(torch.ones(shape), torch.randn(shape, generator=generator))
+    elif fake.is_floating_point():
+        made = torch.randn(shape, generator=generator)
+    else:
+        made = torch.randint(0, 2, shape, generator=generator)
+    order = sorted(range(fake.ndim), key=lambda d: -g.hint(strides[d]))
+    made = made.to(fake.device, fake.dtype)
+    made = made.permute(order).contiguous().permute([order.index(d) for d in range(fake.ndim)])
+    return made.detach().requires_grad_(fake.requires_grad)
+
+
+def small(size: Any) -> Any:
+    """``size`` with every symbol in it at most :data:`LONGEST`."""
+    if not isinstance(size, torch.SymInt):
+        return size if not isinstance(size, torch.SymFloat) else float(size.node.hint or 1.0)
+    expression = size.node.expr
+    known = size.node.shape_env.backed_var_to_val if hasattr(size.node.shape_env, "backed_var_to_val") else {}
+    known = known or getattr(size.node.shape_env, "var_to_val", {})
+    return int(expression.xreplace({s: min(int(known.get(s, 2)), LONGEST) for s in expression.free_symbols}))
+
+
+def _boundary(change: Change) -> list[fx.Node]:
+    """The replacement's inputs, and whatever else (sizes, mostly) the old and new nodes read from outside."""
+    inside = set(change.old) | set(change.new)
+    outside = [i for n in (*change.old, *change.new) for i in n.all_input_nodes if i not in inside]
+    return list(dict.fromkeys([*change.inputs, *outside]))
+
+
+def _signature(change: Change, boundary: list[fx.Node]) -> Any:
+    """Equal for changes that compute the same thing on inputs of the same types."""
+    index = {n: i for i, n in enumerate([*boundary, *change.old, *change.new])}
+
+    def describe(argument: Any) -> Any:
+        return repr(g.map_nodes(argument, lambda n: f"%{index[n]}"))
+
+    nodes = tuple((n.op, target_name(n.target), describe((n.args, n.kwargs))) for n in (*change.old, *change.new))
+    types = tuple(_type(g.value(n)) for n in boundary)
+    modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
+    return change.rule, nodes, types, modes, tuple(g.requires_grad(o) for o in change.old_outputs)
+
+
+def _type(found: Any) -> Any:
+    if not isinstance(found, Tensor):
+        return type(found).__name__
+    static = tuple(s if isinstance(s, int) else None for s in found.shape)
+    return found.dtype, static, found.requires_grad, found.device.type
+
+
+Run = tuple[list[Tensor], list[Tensor | None]]
+
+
+def _run(function: Any, inputs: Sequence[Any], tracked: bool) -> Run:
+    """Outputs and, where ``tracked``, gradients of all tracked inputs for the same drawn output gradients."""
+    inputs = [i.detach().requires_grad_(i.requires_grad) if isinstance(i, Tensor) else i for i in inputs]
+    arguments = iter(inputs)
+    with torch.set_grad_enabled(tracked):
+        outputs = function(*arguments)
+    outputs = [o for o in outputs if isinstance(o, Tensor)]
+    leaves = [i for i in inputs if isinstance(i, Tensor) and i.requires_grad]
+    live = [o for o in outputs if o.requires_grad]
+    if not (tracked and live and leaves):
+        return outputs, []
+    generator = torch.Generator().manual_seed(1)
+    seeds = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in live]
+    with _no_autocast():
+        return [o.detach() for o in outputs], list(torch.autograd.grad(live, leaves, seeds, allow_unused=True))
+
+
+def _no_autocast() -> AbstractContextManager[Any]:
+    kind = "cuda" if torch.is_autocast_enabled("cuda") else "cpu"
+    return torch.autocast(kind, enabled=False)
+
+
+def _compare(exact: Run, eager: Run, ours: Run) -> list[tuple[str, Tensor | None, Tensor | None, Tensor | None]]:
+    outputs = [(f"output {i}", *t) for i, t in enumerate(zip(exact[0], eager[0], ours[0], strict=True))]
+    ours_grads = ours[1] or [None] * len(eager[1])
+    return outputs + [(f"gradient {i}", *t) for i, t in enumerate(zip(exact[1], eager[1], ours_grads, strict=True))]
+
+
+def _share(truth: Tensor, peer: Tensor, got: Tensor) -> float:
+    """Error of ``got`` over what is allowed; NaN where its NaN and infinities are not those of ``peer``."""
+    finite = torch.isfinite(peer)
+    if got.shape != peer.shape or not torch.equal(torch.isfinite(got), finite):
+        return float("nan")
+    exact = truth.double().masked_fill(~finite, 0)
+    size = lambda t: float(t.abs().max()) if t.numel() else 0.0  # noqa: E731
+    own = size((peer.double() - exact).masked_fill(~finite, 0))
+    error = size((got.double() - exact).masked_fill(~finite, 0))
+    allowed = 2 * own + torch.finfo(got.dtype).eps * max(size(exact), torch.finfo(got.dtype).tiny)
+    return error / allowed
+
+
+def _upcast(x: Any) -> Any:
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.detach().double().requires_grad_(x.requires_grad)
+    if isinstance(x, Tensor) and x.is_complex():
+        return x.detach().to(torch.complex128).requires_grad_(x.requires_grad)
+    return x
+
+
+_NARROW = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}
+_DOUBLE_METHODS = {"float": "double", "half": "double", "bfloat16": "double"}
+
+
+class _Float64(fx.Interpreter):
+    """Runs a graph with every floating-point conversion turned into one to float64.
+
+    Operators of quantized storage know no float64: they run as they are, on float32, and their results are upcast.
+    """
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if _is_opaque(target):
+            lower = lambda t: t.float() if isinstance(t, Tensor) and t.dtype == torch.float64 else t  # noqa: E731
+            args, kwargs = torch.utils._pytree.tree_map(lower, (args, kwargs))
+            return torch.utils._pytree.tree_map(lambda t: t.double() if _is_float(t) else t, target(*args, **kwargs))
+        args, kwargs = torch.utils._pytree.tree_map(_widen_dtype, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        args, kwargs = torch.utils._pytree.tree_map(_widen_dtype, (args, kwargs))
+        return super().call_method(_DOUBLE_METHODS.get(target, target), args, kwargs)
+
+
+def _widen_dtype(x: Any) -> Any:
+    return _NARROW.get(x, x) if isinstance(x, torch.dtype) else x
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point() and not isinstance(x, FakeTensor)
+
+
+def _is_opaque(target: Any) -> bool:
+    if isinstance(target, torch._ops.HigherOrderOperator):
+        return True
+    return isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and "bitsandbytes" in str(target)

@@ -1,0 +1,180 @@
+"""The operations that matching knows, each with the one signature that all its spellings are bound to.
+
+``x.mean(-1, True)``, ``torch.mean(x, dim=[-1], keepdim=True)`` and ``torch.ops.aten.mean.dim(x, [-1], True)`` all bind to
+``mean(x, dim=-1, keepdim=True)``. An operation that is not listed keeps its name and its arguments as they were written, so
+a pattern may use any operation; listing it only makes its spellings equal.
+"""
+
+from __future__ import annotations
+
+import ast
+import operator
+from inspect import Parameter, Signature
+from typing import Any
+
+import torch
+from torch import fx
+
+# signature                                                                    further spellings
+TABLE = """
+add(x, y, alpha=1)                                                           | iadd add_ __add__ __radd__
+sub(x, y, alpha=1)                                                           | isub sub_ subtract
+rsub(x, y, alpha=1)                                                          | __rsub__
+mul(x, y)                                                                    | imul mul_ multiply
+div(x, y, rounding_mode=None)                                                | truediv itruediv div_ divide true_divide
+neg(x)                                                                       | negative
+pow(x, y)                                                                    | pow_ ipow
+square(x)                                                                    |
+sqrt(x)                                                                      |
+rsqrt(x)                                                                     |
+reciprocal(x)                                                                |
+exp(x)                                                                       |
+tanh(x)                                                                      |
+erf(x)                                                                       |
+sigmoid(x)                                                                   | expit
+relu(x, inplace=False)                                                       | relu_
+silu(x, inplace=False)                                                       | silu_ swish
+gelu(x, approximate='none')                                                  |
+clamp(x, min=None, max=None)                                                 | clip clamp_
+clamp_min(x, min)                                                            | clamp_min_
+maximum(x, y)                                                                |
+mean(x, dim=None, keepdim=False, dtype=None)                                 |
+sum(x, dim=None, keepdim=False, dtype=None)                                  |
+var(x, dim=None, unbiased=None, keepdim=False, correction=None)              |
+std(x, dim=None, unbiased=None, keepdim=False, correction=None)              |
+norm(x, p=2, dim=None, keepdim=False, out=None, dtype=None)                  |
+vector_norm(x, ord=2, dim=None, keepdim=False, dtype=None, out=None)         | linalg_vector_norm
+normalize(x, p=2.0, dim=1, eps=1e-12, out=None)                              |
+softmax(x, dim=None, _stacklevel=3, dtype=None)                              |
+rms_norm(x, normalized_shape, weight=None, eps=None)                         |
+layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-05, cudnn_enable=True) |
+linear(x, weight, bias=None)                                                 |
+matmul(x, y)                                                                 | mm bmm __matmul__
+addmm(x, mat1, mat2, beta=1, alpha=1)                                        |
+einsum(equation, *operands)                                                  |
+t(x)                                                                         | numpy_T
+transpose(x, dim0, dim1)                                                     | swapaxes swapdims
+permute(x, *dims)                                                            |
+view(x, *shape)                                                              | reshape
+flatten(x, start_dim=0, end_dim=-1)                                          |
+unflatten(x, dim, sizes)                                                     |
+unsqueeze(x, dim)                                                            |
+squeeze(x, dim=None)                                                         |
+expand(x, *sizes)                                                            |
+contiguous(x, memory_format=None)                                            |
+clone(x, memory_format=None)                                                 |
+cat(tensors, dim=0)                                                          | concat concatenate
+stack(tensors, dim=0)                                                        |
+chunk(x, chunks, dim=0)                                                      |
+split(x, size, dim=0)                                                        | split_with_sizes
+unbind(x, dim=0)                                                             |
+narrow(x, dim, start, length)                                                |
+select(x, dim, index)                                                        |
+getitem(x, index)                                                            | __getitem__
+dropout(x, p=0.5, training=True, inplace=False)                              |
+view_as_complex(x)                                                           |
+view_as_real(x)                                                              |
+complex(x, y)                                                                |
+polar(x, y)                                                                  |
+pad(x, pad, mode='constant', value=None)                                     | constant_pad_nd
+cross_entropy(x, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction='mean', label_smoothing=0.0) | cross_entropy_loss
+nll_loss(x, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction='mean') |
+log_softmax(x, dim=None, _stacklevel=3, dtype=None)                          |
+gemm_4bit(x, weight, shape, absmax, block_size, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None) |
+"""
+
+CASTS = frozenset(
+    "to type type_as float half bfloat16 double _to_copy _autocast_to_full_precision _autocast_to_reduced_precision "
+    "convert_element_type __to".split()
+)
+"""Conversions of dtype or device: what they convert to is read off the result, not off their many argument forms."""
+
+ALIASES = {"axis": "dim", "keepdims": "keepdim", "input": "x", "other": "y", "self": "x", "exponent": "y", "tensor": "x"}
+"""Keyword names that some spellings of one signature use."""
+
+
+def _parse(line: str) -> tuple[str, Signature, list[str]]:
+    head, _, others = line.partition("|")
+    call = ast.parse(f"def {head.strip()}: ...").body[0]
+    assert isinstance(call, ast.FunctionDef)
+    names = [a.arg for a in call.args.args]
+    defaults = [Parameter.empty] * (len(names) - len(call.args.defaults)) + [ast.literal_eval(d) for d in call.args.defaults]
+    parameters = [
+        Parameter(n, Parameter.POSITIONAL_OR_KEYWORD, default=d) for n, d in zip(names, defaults, strict=True)
+    ]
+    if call.args.vararg:
+        parameters.append(Parameter(call.args.vararg.arg, Parameter.VAR_POSITIONAL))
+    return call.name, Signature(parameters), others.split()
+
+
+_PARSED = [_parse(line) for line in TABLE.strip().splitlines()]
+SIGNATURES: dict[str, Signature] = {name: signature for name, signature, _ in _PARSED}
+SPELLINGS: dict[str, str] = {s: name for name, _, others in _PARSED for s in (name, *others)}
+
+_IN_PLACE_OPERATORS = {getattr(operator, n) for n in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "setitem")}
+
+
+def target_name(target: Any) -> str:
+    """The bare name of an fx target: ``aten.mean.dim``, ``torch.mean`` and the method ``"mean"`` are all ``mean``."""
+    if isinstance(target, str):
+        return target
+    if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
+        namespace, _, name = str(target._qualified_op_name if hasattr(target, "_qualified_op_name") else target).partition("::")
+        return name.split(".")[0] if namespace in ("aten", "bitsandbytes", "prims") else f"{namespace}.{name}".split(".default")[0]
+    module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", type(target).__name__)
+    return f"weft.{name}" if module.startswith("weft.") else name
+
+
+def operation(node: fx.Node) -> str:
+    """The canonical name of the operation that ``node`` performs; ``cast`` for every conversion of dtype."""
+    name = target_name(node.target)
+    return "cast" if name in CASTS else SPELLINGS.get(name, name)
+
+
+def is_in_place(node: fx.Node) -> bool:
+    """Whether ``node`` overwrites its first argument."""
+    if node.op == "call_method":
+        name = str(node.target)
+        return name.endswith("_") and not name.endswith("__")
+    if node.op != "call_function":
+        return False
+    if node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
+        return True
+    schema = getattr(node.target, "_schema", None)
+    return bool(schema and schema.is_mutable) or _inplace_position(node)
+
+
+def _inplace_position(node: fx.Node) -> bool:
+    name = operation(node)
+    if name not in ("relu", "silu", "dropout"):
+        return False
+    bound = bind(name, node.args, dict(node.kwargs))
+    return bound is not None and bound[list(SIGNATURES[name].parameters).index("inplace")] is True
+
+
+def bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """Arguments in the order of the canonical signature, defaults filled in; None where they do not fit it."""
+    signature = SIGNATURES.get(name)
+    if signature is None:
+        return None
+    known = {k if k in signature.parameters else ALIASES.get(k, k): v for k, v in kwargs.items() if k != "memory_format"}
+    known = {_first_name(signature, k): v for k, v in known.items()}
+    try:
+        bound = signature.bind(*args, **known)
+    except TypeError:
+        return None
+    bound.apply_defaults()
+    values: list[Any] = []
+    for parameter in signature.parameters.values():
+        value = bound.arguments[parameter.name]
+        if parameter.kind is Parameter.VAR_POSITIONAL and len(value) == 1 and isinstance(value[0], tuple | list | torch.Size):
+            value = tuple(value[0])
+        values.append(value)
+    return tuple(values)
+
+
+def _first_name(signature: Signature, keyword: str) -> str:
+    """``cat(tensors=...)`` and ``cat(x=...)``: the alias ``x`` stands for whatever the first parameter is called."""
+    return next(iter(signature.parameters)) if keyword == "x" and "x" not in signature.parameters else keyword
+
+

@@ -1,0 +1,143 @@
+"""``optimize`` and ``undo``."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from weft.passes.defaults import default_passes
+from weft.rewrite.capture import Session
+from weft.rewrite.check import check_model
+from weft.rewrite.errors import ExampleInputsError, OptionError, UndoError, WeftError
+from weft.rewrite.examples import check_examples, make_examples
+from weft.rewrite.install import Installation
+from weft.rewrite.pipeline import Pass
+from weft.rewrite.regions import plan_sites
+from weft.rewrite.report import RewriteReport
+
+_installed: WeakKeyDictionary[nn.Module, Installation] = WeakKeyDictionary()
+
+
+def optimize(
+    model: nn.Module,
+    mode: str | None = None,
+    example_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    precision: Any = None,
+    calibration: Iterable[Mapping[str, Any]] | None = None,
+    memory: str | None = None,
+    passes: Sequence[Pass] | None = None,
+    verify: bool = True,
+    keep_weights: bool = False,
+) -> nn.Module:
+    """Rewrite ``model`` in place and return it; ``model.rewrite_report`` says what was done and what was refused.
+
+    Args:
+        model: a transformers ``PreTrainedModel``, a ``PeftModel``, or any ``nn.Module``.
+        mode: ``"train"`` or ``"inference"``; None takes ``model.training``.
+        example_inputs: keyword arguments of one forward call (or a list of several calls) from which the graphs are
+            captured; None makes them from ``model.config``. Other shapes and arguments are captured when they come.
+        passes: what to run, in order; None takes ``default_passes(mode)``.
+        verify: replay every rewrite, forward and gradients, against what it replaces, and revert what is less exact.
+
+    Raises:
+        WeftError: the model or an argument cannot be handled; the model is then as it was.
+    """
+    check_model(model)
+    mode = _mode(model, mode)
+    _check_options(precision, calibration, memory, keep_weights)
+    root = innermost(model)
+    if root in _installed:
+        return model
+    examples = check_examples(example_inputs) if example_inputs is not None else make_examples(root, mode)
+    report = RewriteReport(mode, parameters={n: p.numel() for n, p in model.named_parameters()})
+    session = Session(list(default_passes(mode) if passes is None else passes), report, verify)
+    installation = Installation(session)
+    started = time.perf_counter()
+    prefix = next(path for path, module in model.named_modules() if module is root)
+    try:
+        for site in plan_sites(root, prefix):
+            installation.install(site)
+        _run_examples(model, examples, mode)
+    except BaseException:
+        installation.remove_all()
+        raise
+    rewriting = report.total_seconds
+    report.total_seconds = time.perf_counter() - started
+    report.capture_seconds = report.total_seconds - rewriting
+    installation.drop_unused()
+    _installed[root] = installation
+    for holder in {id(m): m for m in (model, root)}.values():
+        holder.__dict__["rewrite_report"] = report
+    return model
+
+
+def undo(model: nn.Module) -> nn.Module:
+    """Take every rewrite off ``model``: its forwards, weights and attributes are bit for bit what they were.
+
+    Raises:
+        UndoError: ``model`` was not optimized.
+    """
+    if not isinstance(model, nn.Module) or innermost(model) not in _installed:
+        raise UndoError(f"undo() takes a model that optimize() returned; this {type(model).__name__} was not optimized")
+    root = innermost(model)
+    _installed.pop(root).remove_all()
+    for module in (model, root):
+        module.__dict__.pop("rewrite_report", None)
+    return model
+
+
+def innermost(model: nn.Module) -> nn.Module:
+    """The transformers model inside wrappers such as PEFT's, whose ``generate`` calls it; else ``model`` itself."""
+    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
+
+
+def _mode(model: nn.Module, mode: str | None) -> str:
+    if mode not in ("train", "inference", None):
+        raise OptionError(f'mode must be "train", "inference" or None, not {mode!r}')
+    return mode or ("train" if model.training else "inference")
+
+
+def _check_options(precision: Any, calibration: Any, memory: Any, keep_weights: Any) -> None:
+    given = {"precision": precision, "calibration": calibration, "memory": memory, "keep_weights": keep_weights or None}
+    unknown = [name for name, setting in given.items() if setting is not None]
+    if unknown:
+        raise OptionError(f"this version of weft does not plan precision or memory yet: leave out {', '.join(unknown)}")
+
+
+def _run_examples(model: nn.Module, examples: Sequence[Mapping[str, Any]], mode: str) -> None:
+    """Capture by running: the model's random state, buffers, mode and gradients stay as they were."""
+    with _preserved(model, training=mode == "train"), torch.set_grad_enabled(mode == "train"):
+        for inputs in examples:
+            try:
+                model(**inputs)
+            except WeftError:
+                raise
+            except Exception as error:
+                raise ExampleInputsError(
+                    f"the model's forward failed on the example inputs ({', '.join(inputs)}): {type(error).__name__}: {error}"
+                ) from error
+
+
+@contextmanager
+def _preserved(model: nn.Module, training: bool) -> Iterator[None]:
+    modes = {m: m.training for m in model.modules()}
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        torch.manual_seed(0)
+        model.train(training)
+        try:
+            yield
+        finally:
+            for module, was in modes.items():
+                module.training = was
+            with torch.no_grad():
+                for name, buffer in model.named_buffers():
+                    if name in buffers and buffer.shape == buffers[name].shape:
+                        buffer.copy_(buffers[name])
