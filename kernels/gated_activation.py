@@ -67,19 +67,14 @@ def _store(start, stride, row, first, rows, columns, value, WIDTH: tl.constexpr)
 
 
 @triton.jit
-def _load_pair(
-    gate, up, strides, row, first, rows, columns,
-    ORDER: tl.constexpr, NEEDS_UP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """gate and up. Interleaved ones are read as they lie and split in registers: every other element would cost twice."""
+def _load_pair(gate, up, strides, row, first, rows, columns, ORDER: tl.constexpr, COLUMNS: tl.constexpr):
+    """gate and up. Interleaved ones are read as they lie and split in registers: strided reads would cost twice."""
     if ORDER == "apart":
         x = _load(gate, strides[0], row, first, rows, columns, COLUMNS)
-        u = x
-        if NEEDS_UP:
-            u = _load(up, strides[1], row, first, rows, columns, COLUMNS)
+        u = _load(up, strides[1], row, first, rows, columns, COLUMNS)
     else:
         both = _load(gate, strides[0], row, 2 * first, rows, 2 * columns, 2 * COLUMNS)
-        x, u = tl.split(tl.reshape(both, (ROWS, COLUMNS, 2)))
+        x, u = tl.split(tl.reshape(both, (row.shape[0], COLUMNS, 2)))
         if ORDER == "up_gate":
             x, u = u, x
     return x, u
@@ -91,7 +86,7 @@ def _forward(
     ACTIVATION: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, first = _place(columns, ROWS, COLUMNS)
-    x, u = _load_pair(gate, up, strides, row, first, rows, columns, ORDER, True, ROWS, COLUMNS)
+    x, u = _load_pair(gate, up, strides, row, first, rows, columns, ORDER, COLUMNS)
     y, _ = A.curve(x, x, ACTIVATION)
     _store(out, strides[2], row, first, rows, columns, y * u, COLUMNS)
 
@@ -103,7 +98,8 @@ def _backward(
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     row, first = _place(columns, ROWS, COLUMNS)
-    x, u = _load_pair(gate, up, strides, row, first, rows, columns, ORDER, NEEDS_GATE, ROWS, COLUMNS)
+    # The compiler drops what only serves a gradient that is not stored, the load of up included.
+    x, u = _load_pair(gate, up, strides, row, first, rows, columns, ORDER, COLUMNS)
     d = _load(grad, strides[2], row, first, rows, columns, COLUMNS)
     y, dx = A.curve(x, d * u, ACTIVATION)
     du = d * y
@@ -125,7 +121,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _launch(kernel: Any, tensors: list[Tensor], columns: int, **options: Any) -> None:
-    """Run ``kernel`` over tensors of equal shape (a packed one twice as wide); outputs must be rows of adjacent elements."""
+    """Run ``kernel`` over tensors of equal shape, a packed one twice as wide; outputs are rows of adjacent elements."""
     rows = tensors[0].numel() // tensors[0].shape[-1]
     if all(t.is_contiguous() for t in tensors):
         tensors, columns, rows = [t.view(1, -1) for t in tensors], columns * rows, 1
@@ -157,10 +153,10 @@ def _plain_forward(gate: Tensor, up: Tensor, activation: str) -> Tensor:
 
 def _plain_backward(
     grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, needs_up: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    gate = gate.to(grad.dtype)
-    dup = A.ACTIVATION[activation](gate).mul_(grad) if needs_up else None
-    return None if up is None else A.CHAIN[activation](grad * up, gate), dup
+) -> tuple[Tensor, Tensor]:
+    gate, none = gate.to(grad.dtype), grad.new_empty(0)
+    dup = A.ACTIVATION[activation](gate).mul_(grad) if needs_up else none
+    return none if up is None else A.CHAIN[activation](grad * up, gate), dup
 
 
 @torch.library.custom_op("weft::gated_activation", mutates_args=())
@@ -183,10 +179,10 @@ def _gated_activation_backward(
     grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, needs_up: bool, up_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """Gradients of gate, unless ``up`` is None, and of up, if ``needs_up``; an empty tensor stands for none."""
-    dgate, dup = _gated_activation_backward_fake(grad, gate, up, activation, needs_up, up_dtype)
     if not _on_triton(grad, gate):
-        plain = _plain_backward(grad, gate, up, activation, needs_up)
-        return tuple(e if p is None else p.to(e.dtype).contiguous() for e, p in zip((dgate, dup), plain, strict=True))
+        dgate, dup = _plain_backward(grad, gate, up, activation, needs_up)
+        return dgate.to(gate.dtype).contiguous(), dup.to(up_dtype).contiguous()
+    dgate, dup = _gated_activation_backward_fake(grad, gate, up, activation, needs_up, up_dtype)
     if grad.numel():
         tensors = [gate, gate if up is None else up, grad, gate if up is None else dgate, dup if needs_up else gate]
         flags = {"NEEDS_GATE": up is not None, "NEEDS_UP": needs_up}

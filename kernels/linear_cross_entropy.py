@@ -15,9 +15,9 @@ the running maximum of lse (arXiv:1805.02867).
 
 Tokens are taken in chunks. A chunk's logits are rounded to the dtype of ``x``, as a linear layer rounds them; one pass
 over a row takes its loss, a second one overwrites the row with ``g``, and the products with ``W`` and ``x`` follow at
-once. So the gradients exist when the forward ends, and backward multiplies them by one number. They are kept in units of
-a power of two near ``1 / denominator``: multiplying by the unit rounds nothing, and ``g`` does not sink below float16's
-range before a loss scale can reach it.
+once. So the gradients exist when the forward ends, and backward multiplies them by one number. They are kept in units
+of a power of two near ``1 / denominator``: multiplying by the unit rounds nothing, and ``g`` does not sink below
+float16's range before a loss scale can reach it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CHUNK_BYTES = 2**28
 MAX_BLOCK = 8192
 """Most columns that a program of the row kernel holds at a time."""
 _FP16_HEADROOM = 256.0
-"""float16 gradients are kept this much larger: |g| stays below 2⁹, and probabilities are normal numbers from 2e-7 up."""
+"""float16 gradients are kept this much larger: |g| stays within 2⁹, and probabilities from 2e-7 up are normal."""
 
 
 class _Loss(NamedTuple):
@@ -120,7 +120,7 @@ def _row_kernel(
     GRADIENT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One row a program: its loss, then ``g`` in place of its logits. ``stride``, the padded width, is divisible by 16."""
+    """One row a program: its loss, then ``g`` in place of its logits. ``stride`` is the width, padded to sixteens."""
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
     label = tl.load(target + row)
@@ -176,22 +176,12 @@ def _scale_kernel(values, factor, out, count, BLOCK: tl.constexpr):
 
 def _rows_triton(logits: Tensor, target: Tensor, seed: Tensor, losses: Tensor, loss: _Loss, gradient: bool) -> Tensor:
     """Write the rows' losses; with ``gradient``, turn ``logits`` into ``g``, and return it."""
-    block = min(MAX_BLOCK, triton.next_power_of_2(logits.shape[1]))
-    _row_kernel[(logits.shape[0],)](
-        logits,
-        logits.stride(0),
-        target,
-        seed,
-        seed.stride(0),
-        losses,
-        logits.shape[1],
-        *loss,
-        CAPPED=loss.softcap != 0,
-        SMOOTHED=loss.label_smoothing != 0,
-        GRADIENT=gradient,
-        BLOCK=block,
-        num_warps=max(1, min(16, block // 512)),
-    )
+    (rows, vocab), block = logits.shape, min(MAX_BLOCK, triton.next_power_of_2(logits.shape[1]))
+    variant: dict[str, Any] = {"CAPPED": loss.softcap != 0, "SMOOTHED": loss.label_smoothing != 0, "GRADIENT": gradient}
+    variant |= {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
+    arguments = (logits, logits.stride(0), target, seed, seed.stride(0), losses, vocab, *loss)
+    launch: Any = _row_kernel[(rows,)]
+    launch(*arguments, **variant)
     return logits
 
 
@@ -335,22 +325,17 @@ def _op(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, the unit of the gradients, and the gradients in that unit (empty where ``needs`` says no)."""
     loss = _Loss(ignore_index, label_smoothing, softcap, logit_scale)
-    flat, labels = x.reshape(-1, x.shape[-1]), target.reshape(-1).contiguous()
+    flat, labels, wide = x.reshape(-1, x.shape[-1]), target.reshape(-1).contiguous(), compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
-        if reduction == "none":
-            seed = flat.new_ones(1, dtype=compute_dtype(x)).expand(flat.shape[0])
-            losses, (dx, dw, db) = _sweep(
-                flat, weight, bias, labels, seed, loss, chunk_tokens, logits_dtype, [False, False, False]
-            )
-            return losses.view(target.shape), seed.new_empty(()), dx, dw, db
-        if denominator is None:
-            denominator = (labels != ignore_index).sum() if reduction == "mean" else labels.new_ones(())
-        denominator = denominator.to(x.device, compute_dtype(x))
-        seed, unit = _units(denominator, x.dtype)
-        seed = seed.reshape(1).expand(flat.shape[0])
+        if denominator is not None:
+            total = denominator.to(x.device, wide)
+        else:
+            total = ((labels != ignore_index).sum() if reduction == "mean" else labels.new_ones(())).to(wide)
+        seed, unit = _units(total, x.dtype)
+        seed, needs = seed.reshape(1).expand(flat.shape[0]), [need and reduction != "none" for need in needs]
         losses, (dx, dw, db) = _sweep(flat, weight, bias, labels, seed, loss, chunk_tokens, logits_dtype, needs)
-        dw, db = dw.to(_kept_dtype(weight)), db.to(_kept_dtype(weight))
-        return losses.sum() / denominator, unit, dx.view(x.shape) if needs[0] else dx, dw, db
+        value = losses.view(target.shape) if reduction == "none" else losses.sum() / total
+        return value, unit, dx.view(x.shape) if needs[0] else dx, dw.to(_kept_dtype(weight)), db.to(_kept_dtype(weight))
 
 
 @_op.register_fake
@@ -407,7 +392,8 @@ def _scale_op(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
         return (values * factor).to(dtype)
     out = torch.empty_like(values, dtype=dtype)
     if values.numel():
-        _scale_kernel[(triton.cdiv(values.numel(), 4096),)](values, factor, out, values.numel(), BLOCK=4096)
+        launch: Any = _scale_kernel[(triton.cdiv(values.numel(), 4096),)]
+        launch(values, factor, out, values.numel(), BLOCK=4096)
     return out
 
 
@@ -449,9 +435,7 @@ def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
 _op.register_autograd(_backward, setup_context=_setup_context)
 
 
-def _check(
-    x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str, chunk_tokens: int | None
-) -> None:
+def _check(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> None:
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         raise ValueError(f"x {tuple(x.shape)} and weight {tuple(weight.shape)} do not form a linear layer")
     if bias is not None and bias.shape != weight.shape[:1]:
@@ -460,10 +444,17 @@ def _check(
         raise ValueError(f"target {tuple(target.shape)} must have the leading shape of x, {tuple(x.shape[:-1])}")
     if target.dtype != torch.int64:
         raise TypeError(f"target must be int64 class indices, not {target.dtype}")
+
+
+def _check_options(reduction: str, chunk_tokens: int | None, denominator: Tensor | float | None) -> None:
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"{reduction} is not a valid value for reduction")
     if chunk_tokens is not None and chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be positive, not {chunk_tokens}")
+    if denominator is not None and reduction == "none":
+        raise ValueError("denominator divides a sum of losses: reduction must be 'mean' or 'sum'")
+    if isinstance(denominator, Tensor) and denominator.numel() != 1:
+        raise ValueError(f"denominator must be one number, not of shape {tuple(denominator.shape)}")
 
 
 def _under_autocast(x: Tensor) -> torch.dtype:
@@ -518,16 +509,13 @@ def linear_cross_entropy(
         ValueError, TypeError: shapes, dtypes or options that do not fit.
         IndexError: a label outside [0, vocab), on the CPU. On a GPU such a token's loss and gradients are NaN.
     """
-    _check(x, weight, bias, target, reduction, chunk_tokens)
-    if denominator is not None and reduction == "none":
-        raise ValueError("denominator divides a sum of losses: reduction must be 'mean' or 'sum'")
+    _check(x, weight, bias, target)
+    _check_options(reduction, chunk_tokens, denominator)
     dtype = _under_autocast(x)
     if dtype != x.dtype and x.dtype != torch.float64:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-    if isinstance(denominator, int | float):
+    if denominator is not None and not isinstance(denominator, Tensor):
         denominator = x.new_full((), denominator, dtype=compute_dtype(x))
-    if denominator is not None and denominator.numel() != 1:
-        raise ValueError(f"denominator must be one number, not {tuple(denominator.shape)}")
     recording = torch.is_grad_enabled()
     needs = [recording and t is not None and t.requires_grad for t in (x, weight, bias)]
     options = (ignore_index, label_smoothing, softcap, logit_scale, reduction, chunk_tokens, logits_dtype)

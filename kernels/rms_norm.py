@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rows as R
-from .dispatch import compute_dtype, use_triton
+from .dispatch import compute_dtype
 
 EpsMode = Literal["inside", "outside", "clamp"]
 
@@ -60,7 +60,7 @@ def reciprocal(m, eps, MODE: tl.constexpr):
     elif MODE == "outside":
         bottom = tl.sqrt_rn(m) + eps
     else:
-        bottom = tl.maximum(tl.sqrt_rn(m), m * 0 + eps, propagate_nan=tl.PropagateNan.ALL)
+        bottom = tl.maximum(tl.sqrt_rn(m), eps, propagate_nan=tl.PropagateNan.ALL)
     return tl.div_rn(tl.full(m.shape, 1.0, tl.float32), bottom)
 
 
@@ -70,7 +70,7 @@ def slope(r, eps, MODE: tl.constexpr):
     one = tl.full(r.shape, 1.0, tl.float32)
     if MODE == "outside":
         rms = tl.div_rn(one, r) - eps
-        one = tl.where(rms > 0, 1.0 + eps / rms, 0.0)
+        one = tl.where(rms > 0, 1.0 + eps / tl.where(rms > 0, rms, 1.0), 0.0)
     elif MODE == "clamp":
         one = tl.where(r == tl.div_rn(one, one * eps), 0.0, 1.0)
     return one
@@ -78,7 +78,7 @@ def slope(r, eps, MODE: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, weight, y, r, x_strides, y_strides, r_strides, sizes, rows, cols, eps, offset,
+    x, weight, y, r, sizes, x_strides, y_strides, r_strides, rows, cols, eps, offset,
     MODE: tl.constexpr, HAS_WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -104,8 +104,8 @@ def _forward(
 
 @triton.jit
 def _backward(
-    x, grad, r, extra, dx, weight, partial,
-    x_strides, grad_strides, r_strides, extra_strides, dx_strides, sizes, rows, cols, eps, offset,
+    x, grad, r, extra, dx, weight, partial, sizes,
+    x_strides, grad_strides, r_strides, extra_strides, dx_strides, rows, cols, eps, offset,
     MODE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_EXTRA: tl.constexpr,
     NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr,
@@ -118,10 +118,9 @@ def _backward(
     total = tl.zeros((ROWS, COLS), tl.float32)
     for first in range(program.to(INDEX) * ROWS, rows, tl.num_programs(0).to(INDEX) * ROWS):
         row = first + tl.arange(0, ROWS)
-        live = row < rows
         x_row = x + R.row_start(row, sizes, x_strides)[:, None]
         grad_row = grad + R.row_start(row, sizes, grad_strides)[:, None]
-        scale = tl.load(r + R.row_start(row, sizes, r_strides), mask=live, other=0.0)
+        scale = tl.load(r + R.row_start(row, sizes, r_strides), mask=row < rows, other=1.0)
         dots = tl.zeros((ROWS, COLS), tl.float32)
         unit, dy = dots, dots
         for start in range(0, span, COLS):
@@ -152,37 +151,38 @@ def _backward(
         tl.store(partial + col, tl.sum(total, 0), mask=col < cols)
 
 
-def _launch_forward(x: Tensor, weight: Tensor | None, y: Tensor, r: Tensor, eps: float, offset: float, mode: str) -> None:
+def _launch_forward(
+    x: Tensor, weight: Tensor | None, y: Tensor, r: Tensor, eps: float, offset: float, mode: str
+) -> None:
     count, options = R.blocks(x, PER_THREAD)
     sizes, strides = R.layout(x, y, r)
     vector = x if weight is None else weight.contiguous()
+    options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
     with torch.cuda.device_of(x):
-        _forward[(count,)](
-            x, vector, y, r, *strides, sizes, eps=eps, offset=offset, MODE=mode, HAS_WEIGHT=weight is not None, **options
-        )  # fmt: skip
+        _forward[(count,)](x, vector, y, r, sizes, *strides, **options)
 
 
 def _launch_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, r: Tensor, extra: Tensor | None, dx: Tensor | None,
     needs_weight: bool, eps: float, offset: float, mode: str,
 ) -> Tensor:  # fmt: skip
-    """Fills ``dx`` if there is one, and returns the weight's gradient in float32 if it is needed."""
+    """Fills ``dx`` if there is one, and returns the weight's gradient in float32, nothing if it is not needed."""
     count, options = R.blocks(x, PER_THREAD_BACKWARD)
     count = min(count, R.persistent(x, PROGRAMS))
     partial = x.new_empty((count if needs_weight else 0, x.shape[-1]), dtype=torch.float32)
     others = (x if extra is None else extra, x if dx is None else dx)
     sizes, strides = R.layout(x, grad, r, *others)
     vector = x if weight is None else weight.contiguous()
+    options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
+    options |= {"HAS_EXTRA": extra is not None, "NEEDS_X": dx is not None, "NEEDS_WEIGHT": needs_weight}
     with torch.cuda.device_of(x):
-        _backward[(count,)](
-            x, grad, r, *others, vector, partial, *strides, sizes, eps=eps, offset=offset, MODE=mode,
-            HAS_WEIGHT=weight is not None, HAS_EXTRA=extra is not None,
-            NEEDS_X=dx is not None, NEEDS_WEIGHT=needs_weight, **options,
-        )  # fmt: skip
+        _backward[(count,)](x, grad, r, *others, vector, partial, sizes, *strides, **options)
     return partial.sum(0)
 
 
-def _plain_forward(x: Tensor, weight: Tensor | None, y: Tensor, r: Tensor, eps: float, offset: float, mode: str) -> None:
+def _plain_forward(
+    x: Tensor, weight: Tensor | None, y: Tensor, r: Tensor, eps: float, offset: float, mode: str
+) -> None:
     wide = x.to(r.dtype)
     rms = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).mul_(x.shape[-1] ** -0.5)
     if mode == "inside":
@@ -208,7 +208,7 @@ def _plain_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, r: Tensor, extra: Tensor | None, dx: Tensor | None,
     needs_weight: bool, eps: float, offset: float, mode: str,
 ) -> Tensor:  # fmt: skip
-    """As :func:`_launch_backward`, with one buffer of the size of x and, below float32, the operands upcast."""
+    """As :func:`_launch_backward`. One buffer of the size of x serves all; below float32 the operands are upcast."""
     wide, dy, cols = x.to(r.dtype), grad.to(r.dtype), x.shape[-1]
     buffer = dx if dx is not None and dx.dtype == r.dtype else torch.empty_like(x, dtype=r.dtype)
     torch.mul(dy, wide, out=buffer)
@@ -230,12 +230,8 @@ def _plain_backward(
 
 
 def empty(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Uninitialized y and r, in the memory order of x."""
+    """Uninitialized y and r in the memory order of x."""
     return torch.empty_like(x, dtype=dtype), torch.empty_like(x[..., :1], dtype=compute_dtype(x))
-
-
-def _kernel_runs(x: Tensor) -> bool:
-    return use_triton(x) and x.dtype != torch.float64
 
 
 @torch.library.custom_op("weft::rms_norm", mutates_args=())
@@ -243,14 +239,14 @@ def _rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, eps_mode: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     y, r = empty(x, dtype)
-    if x.numel():
-        (_launch_forward if _kernel_runs(x) else _plain_forward)(x, weight, y, r, eps, offset, eps_mode)
+    forward(x, weight, y, r, eps, offset, eps_mode)
     return y, r
 
 
-@_rms_norm.register_fake
-def _(x: Tensor, weight: Tensor | None, eps: float, offset: float, eps_mode: str, dtype: torch.dtype):
-    return empty(x, dtype)
+def forward(x: Tensor, weight: Tensor | None, y: Tensor, r: Tensor, eps: float, offset: float, mode: str) -> None:
+    """Fills y and r."""
+    if x.numel():
+        (_launch_forward if R.kernel_runs(x) else _plain_forward)(x, weight, y, r, eps, offset, mode)
 
 
 @torch.library.custom_op("weft::rms_norm_backward", mutates_args=())
@@ -258,11 +254,11 @@ def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, r: Tensor, extra: Tensor | None, eps: float, offset: float,
     eps_mode: str, needs_x: bool, needs_weight: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """dx and dweight, an empty tensor for the one not needed; ``extra`` is a gradient of x from elsewhere, added to dx."""
+    """dx and dweight, an empty tensor for one not needed; ``extra`` is a gradient of x from elsewhere, added to dx."""
     dx, dweight = _empty_gradients(x, weight, needs_x, needs_weight)
     if not x.numel():
         return dx, dweight.zero_()
-    run = _launch_backward if _kernel_runs(x) else _plain_backward
+    run = _launch_backward if R.kernel_runs(x) else _plain_backward
     sums = run(grad, x, weight, r, extra, dx if needs_x else None, needs_weight, eps, offset, eps_mode)
     return dx, sums.to(dweight.dtype) if needs_weight else dweight
 
@@ -272,12 +268,12 @@ def _empty_gradients(x: Tensor, weight: Tensor | None, needs_x: bool, needs_weig
     return torch.empty_like(x) if needs_x else x.new_empty(0), dweight
 
 
-@backward.register_fake
-def _(
-    grad: Tensor, x: Tensor, weight: Tensor | None, r: Tensor, extra: Tensor | None, eps: float, offset: float,
-    eps_mode: str, needs_x: bool, needs_weight: bool,
-):  # fmt: skip
-    return _empty_gradients(x, weight, needs_x, needs_weight)
+_rms_norm.register_fake(lambda x, weight, eps, offset, eps_mode, dtype: empty(x, dtype))
+backward.register_fake(
+    lambda grad, x, weight, r, extra, eps, offset, eps_mode, needs_x, needs_weight: _empty_gradients(
+        x, weight, needs_x, needs_weight
+    )
+)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -288,10 +284,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 
 
 def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | None, ...]:
-    needs_x, needs_weight = ctx.needs_input_grad[:2]
     if grad is None:
         return (None,) * 6
     x, weight, r = ctx.saved_tensors
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
     dx, dweight = backward(grad, x, weight, r, None, *ctx.arguments, needs_x, needs_weight)
     return dx if needs_x else None, dweight if needs_weight else None, None, None, None, None
 
@@ -299,12 +295,10 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
 _rms_norm.register_autograd(_differentiate, setup_context=_setup_context)
 
 
-def check(x: Tensor, weight: Tensor | None, eps_mode: str) -> None:
-    """Raises ValueError for arguments that :func:`rms_norm` does not take."""
-    if x.dim() == 0 or (weight is not None and weight.shape != x.shape[-1:]):
-        raise ValueError(f"rms_norm: weight of shape {None if weight is None else tuple(weight.shape)} for x {tuple(x.shape)}")
+def check_mode(eps_mode: str) -> None:
+    """Raises ValueError for an unknown ``eps_mode``."""
     if eps_mode not in ("inside", "outside", "clamp"):
-        raise ValueError(f"rms_norm: eps_mode is {eps_mode!r}, not inside, outside or clamp")
+        raise ValueError(f"eps_mode is {eps_mode!r}, not inside, outside or clamp")
 
 
 def rms_norm(
@@ -319,9 +313,9 @@ def rms_norm(
     """Root mean square normalization over the last dimension (arXiv:1910.07467).
 
     Args:
-        x: (..., D), any strides; float32, bfloat16, float16 or float64 (which the reference serves).
-        weight: (D,) of any floating-point dtype, or None for a factor of 1.
-        eps: where it goes is said by ``eps_mode``: inside the square root, outside (added to it), or as a lower bound of it.
+        x: (..., D), any strides; float32, bfloat16, float16, or float64 (served by plain torch).
+        weight: (D,) in any floating-point dtype, or None for a factor of 1.
+        eps: ``eps_mode`` says where it goes: inside the square root, outside (added to it), or as its lower bound.
         offset: added to the weight: 1.0 for models that store w - 1.
         dtype: of the result; None for that of x.
 
@@ -329,8 +323,9 @@ def rms_norm(
         (..., D) in the memory order of x.
 
     Raises:
-        ValueError: the weight is not (D,), x has no dimension, or the mode is unknown.
+        ValueError: x has no dimension, the weight is not (D,), or the mode is unknown.
     """
-    check(x, weight, eps_mode)
+    R.check(x, weight)
+    check_mode(eps_mode)
     y, _ = _rms_norm(R.flat(x), weight, eps, offset, eps_mode, dtype or x.dtype)
     return y.view(x.shape)

@@ -41,8 +41,20 @@ def blocks(x: Tensor, per_thread: int) -> tuple[int, dict[str, Any]]:
     return triton.cdiv(rows, height), {**options, "num_warps": warps}
 
 
+def kernel_runs(x: Tensor) -> bool:
+    """Whether the norm of ``x`` launches its kernel, which computes in float32."""
+    return dispatch.use_triton(x) and x.dtype != torch.float64
+
+
+def check(x: Tensor, *vectors: Tensor | None) -> None:
+    """Raises ValueError unless ``x`` is (..., D) and each vector (D,)."""
+    if x.dim() == 0 or any(v is not None and v.shape != x.shape[-1:] for v in vectors):
+        shapes = [None if v is None else tuple(v.shape) for v in vectors]
+        raise ValueError(f"a norm of x {tuple(x.shape)} over its last dimension cannot take vectors of shapes {shapes}")
+
+
 def flat(x: Tensor) -> Tensor:
-    """``x`` with its outermost dimensions merged until three are left before the last: a view where that is possible."""
+    """``x`` with its outermost dimensions merged until three are left before the last: a view where possible."""
     return x if x.dim() <= 4 else x.flatten(0, -4)
 
 
@@ -72,7 +84,7 @@ def layout(lead: Tensor, *others: Tensor) -> tuple[tuple[int, int], tuple[Stride
 
 
 def persistent(x: Tensor, per_multiprocessor: int) -> int:
-    """Programs that keep the device of ``x`` busy, each of which takes many tiles; a CPU counts as one multiprocessor."""
+    """Programs that keep the device of ``x`` busy, each taking many blocks; a CPU counts as one multiprocessor."""
     units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
     return units * per_multiprocessor
 
@@ -88,7 +100,7 @@ def row_start(row, sizes, strides):
 @triton.jit
 def rounded(value, DTYPE: tl.constexpr):
     """``value`` in ``DTYPE``, to nearest even: also in the interpreter, which truncates a float32 to bfloat16."""
-    if INTERPRETED and DTYPE == tl.bfloat16:
+    if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = value.to(tl.uint32, bitcast=True)
         nearest = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000
         value = tl.where(value == value, nearest.to(tl.float32, bitcast=True), value)
@@ -119,9 +131,10 @@ def store(start, strides, row, rows, col, cols, value):
 def load_vector(pointer, col, cols, offset, PRESENT: tl.constexpr):
     """``offset + vector`` as (1, cols) in float32, or 1 where there is no vector."""
     if PRESENT:
-        return tl.load(pointer + col, mask=col < cols, other=0.0).to(tl.float32)[None, :] + offset
+        vector = tl.load(pointer + col, mask=col < cols, other=0.0).to(tl.float32)[None, :] + offset
     else:
-        return tl.full((1, 1), 1.0, tl.float32)
+        vector = tl.full((1, 1), 1.0, tl.float32)
+    return vector
 
 
 @triton.jit

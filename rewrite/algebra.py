@@ -64,6 +64,16 @@ def _op(x: Any, *ops: str) -> Expr | None:
 
 
 # arithmetic ---------------------------------------------------------------------------------------------------------
+@equation("add")
+def bias_added(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
+    """linear(x, W) + b = linear(x, W, b)  where b is one number per output"""
+    for product, b in ((x, y), (y, x)):
+        inner = product if isinstance(product, Expr) and product.op in ("linear", "linear_columns") else None
+        if alpha == 1 and inner and inner.args[2] is None and rank(b) == 1 and last_size(b) == last_size(product):
+            return v.intern(inner.op, (*inner.args[:2], b), at.node)
+    return None
+
+
 @equation("add", "sub")
 def scaled_addend(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
     """x ± alpha·y = x ± (y·alpha)"""
@@ -312,3 +322,61 @@ def product_and_sum(v: View, at: Site, x: Any, a: Any, b: Any, beta: Any, alpha:
 def functional(v: View, at: Site, x: Any, *options: Any) -> Expr | None:
     """The value of an activation does not depend on ``inplace``."""
     return v.intern(at.op, (x, *options[:-1]), at.node)
+
+
+@equation("mul")
+def sigmoid_times_itself(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """x · σ(x) = silu(x)"""
+    for a, b in ((x, y), (y, x)):
+        inner = _op(b, "sigmoid")
+        if inner and same(inner.args[0], a):
+            return v.make("silu", a, False, node=at.node)
+    return None
+
+
+# linears ------------------------------------------------------------------------------------------------------------
+@equation("matmul")
+def matrix_product(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """x·Wᵀ and x·W of a matrix W are linears, by rows and by columns of W"""
+    if not isinstance(y, Expr) or not isinstance(x, Expr):
+        return None
+    if y.op == "transposed" and (v.pattern or rank(y.args[0]) == 2):
+        return v.make("linear", x, y.args[0], None, node=at.node)
+    if v.pattern or (rank(y) == 2 and (rank(x) or 0) >= 2):
+        return v.intern("linear_columns", (x, y, None), at.node)
+    return None
+
+
+@equation("view")
+def linear_on_rows(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
+    """A linear on x flattened to rows, put back into x's shape, is the linear on x."""
+    if not isinstance(x, Expr) or x.op not in ("linear", "linear_columns") or at.node is None:
+        return None
+    rows = x.args[0]
+    inner = rows.args[0] if isinstance(rows, Expr) and rows.op == "view" else None
+    if not isinstance(inner, Expr) or inner.node is None or rows.node is None:
+        return None
+    before, after = sizes(inner.node), sizes(at.node)
+    if before[:-1] == after[:-1] and before[-1:] == sizes(rows.node)[-1:] and last_size(x) == after[-1]:
+        return v.intern(x.op, (inner, *x.args[1:]), at.node)
+    return None
+
+
+# complex numbers ----------------------------------------------------------------------------------------------------
+@equation("view_as_complex")
+def pairs_as_complex(v: View, at: Site, x: Any) -> Expr | None:
+    """Neighbours of the last dimension as one complex number each"""
+    inner = x.args[0] if isinstance(x, Expr) and x.op in ("view", "unflatten") else None
+    size = last_size(inner)
+    if inner is None or x.node is None or size is None or sizes(x.node)[-2:] != (size // 2, 2):
+        return None
+    return v.intern("as_complex", (inner,), at.node)
+
+
+@equation("view", "flatten")
+def complex_as_pairs(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
+    """Complex numbers as neighbours of the last dimension"""
+    if not isinstance(x, Expr) or x.op != "view_as_real" or at.node is None or x.node is None:
+        return None
+    before, after = sizes(x.node), sizes(at.node)
+    return v.intern("from_complex", x.args, at.node) if before[:-2] == after[:-1] and len(after) == len(before) - 1 else None

@@ -152,7 +152,7 @@ def _replace(
 ) -> Refusal | None:
     new_outputs, new = _build(module.graph, rule, match)
     change = Change(rule.name, match.inputs(), match.nodes, match.outputs, new, new_outputs)
-    problem = _type_problem(change)
+    problem = type_problem(change)
     error = None
     if problem is None and verifier is not None:
         error, problem = verifier(module, change)
@@ -199,7 +199,8 @@ def _tensors(found: Any) -> list[Tensor]:
     return [t for f in found for t in _tensors(f)] if isinstance(found, tuple | list) else []
 
 
-def _type_problem(change: Change) -> str | None:
+def type_problem(change: Change) -> str | None:
+    """How the replacement's outputs differ in dtype, device or shape from what they replace, if they do."""
     for old, new in zip(change.old_outputs, change.new_outputs, strict=True):
         before, after = g.tensor_of(old), g.tensor_of(new)
         if before is None or after is None:

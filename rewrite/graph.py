@@ -42,7 +42,13 @@ def dtype_of(node: Any) -> torch.dtype | None:
 def sizes(node: Any) -> tuple[Any, ...]:
     """The shape of the tensor that ``node`` computes, symbolic sizes included; () if it computes none."""
     found = tensor_of(node)
-    return () if found is None else tuple(found.shape)
+    return () if found is None else tuple(settled(size) for size in found.shape)
+
+
+def settled(size: Any) -> Any:
+    """A symbolic size as the integer that the graph's guards fix it to, if they do."""
+    known = size.node.maybe_as_int() if isinstance(size, torch.SymInt) else None
+    return size if known is None else known
 
 
 def static_size(node: Any, dim: int = -1) -> int | None:

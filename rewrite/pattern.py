@@ -82,3 +82,13 @@ def part(x: Any, start: Any, stop: Any, step: Any = 1) -> Any:
 def interleave(a: Any, b: Any) -> Any:
     """In a pattern: a[0], b[0], a[1], b[1], … along the last dimension, however a model joins them."""
     return _record("interleave", a, b)
+
+
+def as_complex(x: Any) -> Any:
+    """In a pattern: neighbours of the last dimension seen as complex numbers."""
+    return _record("as_complex", x)
+
+
+def from_complex(z: Any) -> Any:
+    """In a pattern: complex numbers seen as neighbours of the last dimension."""
+    return _record("from_complex", z)

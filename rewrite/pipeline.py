@@ -14,6 +14,7 @@ from .driver import Outcome, Verifier, apply_rule
 from .errors import VerificationError
 from .report import GraphRecord
 from .rule import RewriteRule
+from .siblings import SiblingRule, apply_sibling_rule
 
 
 @runtime_checkable
@@ -35,13 +36,14 @@ class Rules:
     """A pass that applies rules to a fixed point, one after the other."""
 
     name: str
-    rules: tuple[RewriteRule, ...]
+    rules: tuple[RewriteRule | SiblingRule, ...]
 
     def run(self, module: fx.GraphModule, verifier: Verifier | None) -> Outcome:
         """Apply each rule wherever it matches."""
         outcome = Outcome()
         for rule in self.rules:
-            outcome.extend(apply_rule(module, rule, verifier))
+            apply = apply_sibling_rule if isinstance(rule, SiblingRule) else apply_rule
+            outcome.extend(apply(module, rule, verifier))
         return outcome
 
 

@@ -114,18 +114,18 @@ class RewriteReport:
     @property
     def rewrites(self) -> list[Rewrite]:
         """One per rule and module instance."""
-        return _unique(r for g in self.graphs for r in g.instances(g.rewrites))
+        return _unique((g, r) for g in self.graphs for r in g.instances(g.rewrites))
 
     @property
     def refusals(self) -> list[Refusal]:
         """Matched and not applied, one per rule and module instance."""
-        return _unique(r for g in self.graphs for r in g.instances(g.refusals))
+        return _unique((g, r) for g in self.graphs for r in g.instances(g.refusals))
 
     @property
     def near_misses(self) -> list[NearMiss]:
         """The nearest miss of each rule in each module that it did not rewrite."""
         done = {(r.rule, r.module_path) for r in self.rewrites}
-        found = _unique(m for g in self.graphs for m in g.instances(g.misses))
+        found = _unique((g, m) for g in self.graphs for m in g.instances(g.misses))
         return [m for m in found if (m.rule, m.module_path) not in done]
 
     @property
@@ -210,8 +210,11 @@ class RewriteReport:
         return replace(self, graphs=[], notes=[note], installed=False)
 
 
-def _unique(records: Iterable[Any]) -> list[Any]:
-    kept: dict[tuple[str, str, str], Any] = {}
-    for record in records:
-        kept.setdefault((record.rule, record.module_path, record.source), record)
-    return list(kept.values())
+def _unique(records: Iterable[tuple[GraphRecord, Any]]) -> list[Any]:
+    """Each record once, where several graphs (of training and of evaluation, say) hold it for one module."""
+    owners: dict[tuple[str, str, str], int] = {}
+    kept = []
+    for graph, record in records:
+        if owners.setdefault((record.rule, record.module_path, record.source), id(graph)) == id(graph):
+            kept.append(record)
+    return kept

@@ -1,0 +1,140 @@
+"""Tiny, randomly initialized models of any transformers type: the default config, shrunk field by field.
+
+A field's name says what it counts (heads, layers, experts, ...); the first pattern of ``SIZES`` that fits gives its new
+value. Fields that a config class derives from others are left for it to derive again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import transformers
+from transformers import PreTrainedConfig, PreTrainedModel
+from transformers.models.auto import modeling_auto
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+VOCABULARY = 256
+MOST_LAYERS = 6
+
+MAPPINGS = {
+    "decoder": "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+    "image-text": "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+    "masked": "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "seq2seq": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+}
+
+PREREQUISITES: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+}
+"""What some default configs need to be valid at all."""
+
+OVERRIDES: dict[str, dict[str, Any]] = {
+    # None by default, and no model without a number
+    "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "hunyuan_v1_dense": {"head_dim": 16},
+    "hunyuan_v1_moe": {"head_dim": 16},
+    "ministral": {"head_dim": 16},
+    "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    # tables that no size in the config bounds
+    "blt": {"encoder_hash_byte_group_vocab": 128},
+    "reformer": {"is_decoder": True},
+    "xmod": {"default_language": "en_XX"},
+}
+"""Type → fields whose values no pattern can give."""
+
+SIZES: tuple[tuple[str, int], ...] = (
+    (r"(index|indexer)_head_dim$", 32),
+    (r"(^|_)(head_dim|d_kv|kv_channels|attention_head_size|d_head|dim_head|headdim|d_head)$", 16),
+    (r"^rotary_dim$", 8),
+    (r"(mamba|ssm)\w*_n?_?heads$", 8),
+    (r"(^|_)(n|num|n_mamba)?_?(\w+_)?heads?$", 4),
+    (r"lora_rank$|low_?rank$|_rank$", 32),
+    (r"first_k_dense_replace$|num_dense_layers$", 1),
+    (r"(^|_)(num_)?(\w+_)?(layers|blocks|depth)$|^n_layer$|^resampler_depth$", 2),
+    (r"experts_per_tok(en)?$|^moe_top_?k$|^moe_k$|^top_k_experts$", 2),
+    (r"(num|n)_(shared_experts|expert_group|group)$|topk_group$", 1),
+    (r"(num|n)_\w*experts$", 4),
+    (r"(^|_)n_?groups$", 2),
+    (r"vocab_size\w*$", VOCABULARY),
+    (r"moe_\w*intermediate_size$|expert_\w*(size|dim)$|experts_intermediate_size$", 32),
+    (r"intermediate_size|ffn_dim$|^d_ff$|^dff$|^dim_ff$|^mlp_dim$|ffn_hidden_size$|^n_inner$|^feed_forward_size$", 128),
+    (r"^mamba_d_ssm$", 128),
+    (r"hidden_size|^d_model$|^n_embd$|(^|_)embed_dim$|^dim$|^width$|^emb_dim$|embedding_size$|proj_dim$|out_hidden", 64),
+    (r"projection_dim$|output_dim$|^lru_width$", 64),
+)
+"""Field name → size. What must divide what: 4 heads of 16 make a hidden size of 64."""
+
+
+def types(kinds: Mapping[str, str] = MAPPINGS) -> list[tuple[str, str, str]]:
+    """(kind, type, class name) of everything the installed transformers lists, each class of a type once."""
+    found: dict[tuple[str, str], str] = {}
+    for kind, mapping in kinds.items():
+        for name, classes in getattr(modeling_auto, mapping).items():
+            for each in (classes,) if isinstance(classes, str) else classes:
+                found.setdefault((name, each), kind)
+    return [(kind, name, each) for (name, each), kind in found.items()]
+
+
+def tiny_model(name: str, class_name: str) -> PreTrainedModel:
+    """A randomly initialized model of class ``class_name`` with the shrunk default config of type ``name``."""
+    model_class = getattr(transformers, class_name)
+    overrides = OVERRIDES.get(name, {})
+    config_class = CONFIG_MAPPING[name]
+    config = _shrink(config_class(**PREREQUISITES.get(name, {})), {}, overrides)
+    if not isinstance(config, model_class.config_class):
+        config = next(c for c in _sub_configs(config) if isinstance(c, model_class.config_class))
+    return model_class(config)
+
+
+def _sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
+    return [c for c in vars(config).values() if isinstance(c, PreTrainedConfig)]
+
+
+def _shrink(config: PreTrainedConfig, tokens: dict[int, int], overrides: Mapping[str, Any]) -> PreTrainedConfig:
+    """``config`` rebuilt with small numbers; ``tokens`` keeps equal token ids equal in all its parts."""
+    kept = _kept_layers(config, overrides)
+    chosen: dict[str, Any] = {}
+    for field in dataclasses.fields(config):
+        value = vars(config).get(field.name)
+        if isinstance(value, PreTrainedConfig):
+            chosen[field.name] = _shrink(value, tokens, overrides.get(field.name, {}))
+        elif _per_layer(config, value):
+            chosen[field.name] = [value[i] for i in kept]
+        elif field.default is not None or value is None:
+            chosen[field.name] = _resize(config, field.name, value, tokens)
+    if kept:
+        chosen[_layer_field(config)] = len(kept)
+    return type(config)(**chosen | {k: v for k, v in overrides.items() if not isinstance(chosen.get(k), PreTrainedConfig)})
+
+
+def _layer_field(config: PreTrainedConfig) -> str:
+    return config.attribute_map.get("num_hidden_layers", "num_hidden_layers")
+
+
+def _per_layer(config: PreTrainedConfig, value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 3 and len(value) == vars(config).get(_layer_field(config))
+
+
+def _kept_layers(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> list[int]:
+    """The first layer of each kind, by the lists that hold one entry a layer; at least two layers; [] without such lists."""
+    fields = {f.name for f in dataclasses.fields(config)}
+    lists = [v for k, v in vars(config).items() if k in fields and _per_layer(config, v)]
+    kinds = list(map(repr, zip(*lists, strict=True)))
+    first = sorted({kinds.index(k) for k in kinds})[:MOST_LAYERS]
+    return first if len(first) != 1 else [first[0], first[0] + 1]
+
+
+def _resize(config: PreTrainedConfig, name: str, value: Any, tokens: dict[int, int]) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int):
+        return value
+    if re.search(r"token_(id|index)$|_id$", name):
+        return value if value < 200 else tokens.setdefault(value, VOCABULARY - 1 - len(tokens))
+    if re.search(r"(key_value|kv)(_n)?_heads$|^num_query_groups$", name):
+        return min(value, 2 if value < (vars(config).get("num_attention_heads") or 0) else 4)
+    size = next((size for pattern, size in SIZES if re.search(pattern, name)), value)
+    return min(size, value)

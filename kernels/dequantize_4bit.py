@@ -1,0 +1,171 @@
+"""NF4 and FP4 dequantization, the scales' own dequantization included, in one pass over memory.
+
+    w[i] = round(code[q[i]] · scale[i / block_size])        scale as in :mod:`weft.quant.four_bit`
+
+Equal to bitsandbytes bit for bit. No gradient: the weight is frozen. Source: QLoRA (arXiv:2305.14314).
+
+A word is 32 bits of codes, the most that one thread turns into 16 bytes of result. The 16 values of the code lie in
+shared memory, one a bank, so that the look-ups (``tl.gather``) of a warp never conflict; each scale is computed once.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..quant import four_bit
+from ..quant.layout import Layout
+from .dispatch import use_triton
+from .rows import rounded
+
+TILE_WORDS, WARPS = 1024, 4
+"""Words a program, and its warps: 64 weights a thread."""
+
+NATIVE_CPU = (torch.float32, torch.bfloat16, torch.float16)
+NATIVE_CPU_BLOCK = 1024
+"""Largest block of bitsandbytes' CPU kernel; above it bitsandbytes itself falls back to torch."""
+
+
+def reference(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    """The formula in plain torch; arguments as in :func:`dequantize_4bit`."""
+    return four_bit.dequantize(weight, Layout.decode(layout), dtype)
+
+
+@triton.jit
+def block_scale(absmax, nested_absmax, nested_code, nested_offset, block, mask, NESTED: tl.constexpr):
+    """The float32 scales of some blocks, 0 where masked; NESTED scales share one ``nested_absmax``, 0: not nested."""
+    if NESTED == 0:
+        scale = tl.load(absmax + block, mask=mask, other=0.0).to(tl.float32)
+    else:
+        index = tl.load(absmax + block, mask=mask, other=0).to(tl.int32)
+        scale = tl.load(nested_code + index) * tl.load(nested_absmax + block // NESTED, mask=mask, other=0.0)
+        scale = scale + tl.load(nested_offset)
+    return scale
+
+
+@triton.jit
+def _dequantize(
+    packed,
+    absmax,
+    nested_absmax,
+    nested_code,
+    nested_offset,
+    code,
+    out,
+    count,
+    BLOCK_SIZE: tl.constexpr,
+    NESTED: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """Dequantizes BLOCKS blocks of ``count`` weights; WHOLE: ``packed`` is a sequence of aligned words."""
+    WORDS: tl.constexpr = BLOCK_SIZE // 8
+    first = tl.program_id(0).to(tl.int64) * BLOCKS
+    left = tl.minimum(count - first * BLOCK_SIZE, BLOCKS * BLOCK_SIZE).to(tl.int32)
+    block = tl.arange(0, BLOCKS)
+    mask = block * BLOCK_SIZE < left
+    scale = block_scale(absmax, nested_absmax, nested_code, nested_offset, first + block, mask, NESTED)
+    word = block[:, None] * WORDS + tl.arange(0, WORDS)[None, :]
+    nibble = tl.arange(0, 8)
+    element = word[:, :, None] * 8 + nibble[None, None, :]
+    packed += first * (WORDS * 4)
+    if WHOLE:
+        in_word = word * 8 < left
+        bits = tl.load(packed.to(tl.pointer_type(tl.uint32)) + word, mask=in_word, other=0)
+        in_count = in_word[:, :, None]
+    else:
+        bits = tl.zeros((BLOCKS, WORDS), tl.uint32)
+        for byte in tl.static_range(4):
+            in_byte = word * 8 + byte * 2 < left
+            bits |= tl.load(packed + word * 4 + byte, mask=in_byte, other=0).to(tl.uint32) << (byte * 8)
+        in_count = element < left
+    # The first code of a byte is its high nibble.
+    codes = (bits[:, :, None] >> ((nibble * 4) ^ 4).to(tl.uint32)[None, None, :]) & 15
+    values = tl.gather(tl.load(code + tl.arange(0, 16)), tl.reshape(codes.to(tl.int32), [BLOCKS * BLOCK_SIZE]), 0)
+    values = tl.reshape(values, [BLOCKS, WORDS, 8]) * scale[:, None, None]
+    tl.store(out + first * BLOCK_SIZE + element, rounded(values, out.dtype.element_ty), mask=in_count)
+
+
+def arguments(weight: list[Tensor], layout: Layout) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
+    """What every kernel that reads 4-bit weights takes: packed, statistics and code, and the block sizes.
+
+    Raises:
+        ValueError: ``layout`` is not a 4-bit one, or its block size is not a power of two of at least 8.
+    """
+    size = layout.block_size
+    if not layout.is_4bit or size < 8 or size & (size - 1):
+        raise ValueError(f"{layout.encode()}: expected a 4-bit layout with a power of two as block size")
+    statistics = weight[1:] if len(weight) == 5 else [weight[1]] * 4
+    nested = layout.nested_block_size if len(weight) == 5 else 0
+    code = four_bit.code_table(layout.kind, weight[0].device)
+    return (four_bit.packed_bytes(weight), *statistics, code), {"BLOCK_SIZE": size, "NESTED": nested}
+
+
+def _launch(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Runs the kernel. A compiler's fused multiply-add would round a nested scale once instead of twice: off."""
+    tensors, sizes = arguments(weight, layout)
+    out = torch.empty((layout.out_features, layout.in_features), dtype=dtype, device=weight[0].device)
+    blocks = max(TILE_WORDS * 8 // layout.block_size, 1)
+    whole = out.numel() % 8 == 0 and tensors[0].data_ptr() % 4 == 0
+    grid = (triton.cdiv(out.numel(), blocks * layout.block_size),)
+    if out.numel():
+        options = {"BLOCKS": blocks, "WHOLE": whole, "num_warps": WARPS, "enable_fp_fusion": False}
+        _dequantize[grid](*tensors, out, out.numel(), **sizes, **options)
+    return out
+
+
+def _native_cpu(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """bitsandbytes' CPU kernel, some five times faster than torch.
+
+    It reads a scale too few where a block runs over the end of a row (0.50.2), so it is shown one row for each block.
+    """
+    import bitsandbytes  # noqa: F401  (registers the operator)
+
+    scales, size = four_bit.block_scales(weight, layout), layout.block_size
+    shape = [layout.out_features * layout.in_features // size, size]
+    packed = four_bit.packed_bytes(weight)
+    w = torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, size, layout.kind, shape, dtype)
+    return w.view(layout.out_features, layout.in_features)
+
+
+def dequantized(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The body of the operator, for operators that use a dequantized weight for a moment."""
+    if use_triton(weight[0]) and dtype != torch.float64:
+        return _launch(weight, layout, dtype)
+    count = layout.out_features * layout.in_features
+    native = weight[0].is_cpu and layout.is_4bit and dtype in NATIVE_CPU and layout.block_size <= NATIVE_CPU_BLOCK
+    if native and count and count % layout.block_size == 0 and weight[-1].dtype == torch.float32:
+        return _native_cpu(weight, layout, dtype)
+    return four_bit.dequantize(weight, layout, dtype)
+
+
+@torch.library.custom_op("weft::dequantize_4bit", mutates_args=())
+def _dequantize_4bit(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    return dequantized(weight, Layout.decode(layout), dtype)
+
+
+@_dequantize_4bit.register_fake
+def _(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    shape = Layout.decode(layout)
+    return weight[0].new_empty((shape.out_features, shape.in_features), dtype=dtype)
+
+
+def dequantize_4bit(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+    """The dense weight behind a 4-bit one, bit for bit what ``bitsandbytes.functional.dequantize_4bit`` returns.
+
+    Args:
+        weight: the tensors of a ``nf4`` or ``fp4`` layout (see :mod:`weft.quant.layout`).
+        layout: the encoded :class:`~weft.quant.layout.Layout`; block sizes are powers of two.
+        dtype: of the result: float32, bfloat16, float16, or float64 (the float32 product, widened).
+
+    Returns:
+        (out_features, in_features), contiguous, without a gradient.
+
+    Raises:
+        ValueError: ``layout`` is not a 4-bit layout.
+    """
+    return _dequantize_4bit(weight, layout, dtype)

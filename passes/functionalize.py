@@ -1,0 +1,71 @@
+"""In-place operations on values that nobody else holds become ordinary ones, so that rules see values, not memory."""
+
+from __future__ import annotations
+
+import operator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..rewrite import graph as g
+from ..rewrite.driver import Outcome, Verifier
+from ..rewrite.vocabulary import is_in_place
+
+_OPERATORS: dict[Any, Any] = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+    operator.ipow: operator.pow,
+}
+
+
+@dataclass(frozen=True)
+class Functionalize:
+    """x += y  →  x' = x + y,  where x is a fresh value of the graph and no view of it is read afterwards."""
+
+    name: str = "functionalize"
+
+    def run(self, module: fx.GraphModule, verifier: Verifier | None) -> Outcome:
+        """Replace what is safe; what is not stays, and legality checks of later rules see it."""
+        for node in list(module.graph.nodes):
+            if is_in_place(node) and _is_safe(node):
+                _make_functional(node)
+        return Outcome()
+
+
+def _is_safe(node: fx.Node) -> bool:
+    target = node.args[0] if node.args else None
+    if not isinstance(target, fx.Node) or _functional(node) is None:
+        return False
+    if g.storage_roots(target) != {target} or target.op not in ("call_function", "call_method"):
+        return False
+    same_type = g.dtype_of(target) == g.dtype_of(node) and g.sizes(target) == g.sizes(node)
+    return same_type and not any(_aliases(user, target) for user in target.users if user is not node)
+
+
+def _aliases(user: fx.Node, target: fx.Node) -> bool:
+    """Whether ``user`` may hand out ``target``'s memory: a view of it, or the graph's output."""
+    return user.op == "output" or (target in g.storage_roots(user)) or is_in_place(user)
+
+
+def _functional(node: fx.Node) -> tuple[str, Any, dict[str, Any]] | None:
+    """Kind, target and keywords of the same operation without the write."""
+    kwargs = {k: v for k, v in node.kwargs.items() if k != "inplace"}
+    if node.target in _OPERATORS:
+        return "call_function", _OPERATORS[node.target], kwargs
+    if node.kwargs.get("inplace") is True:
+        return node.op, node.target, kwargs
+    name = str(node.target)[:-1]
+    known = node.op == "call_method" and name in ("add", "sub", "mul", "div", "clamp", "relu", "pow", "neg", "masked_fill")
+    return ("call_method", name, kwargs) if known and hasattr(torch.Tensor, name) else None
+
+
+def _make_functional(node: fx.Node) -> None:
+    found = _functional(node)
+    assert found is not None and isinstance(node.args[0], fx.Node)
+    node.op, node.target, node.kwargs = found
+    target = node.args[0]
+    target.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and g.before(node, user), propagate_meta=False)

@@ -1,0 +1,53 @@
+"""LayerNorm in any spelling becomes one operator."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.layer_norm import layer_norm
+from ..rewrite.graph import dtype_of, sizes, static_size
+from ..rewrite.match import Match
+from ..rewrite.report import Refusal
+from ..rewrite.rule import RewriteRule, call
+
+
+class FuseLayerNorm(RewriteRule):
+    """(x − mean x) · rsqrt(var x + eps) · w + b  →  layer_norm(x, w, b, eps)"""
+
+    name = "layer_norm"
+    variants = {"form": ("library", "by hand"), "weight": ("none", "w", "1 + w"), "bias": (False, True)}
+
+    def pattern(self, x: Any, w: Any, b: Any, eps: Any, shape: Any, *, form: str, weight: str, bias: bool) -> Any:
+        """``F.layer_norm``, alone or with an affine map of its own behind it, and the formula written out."""
+        if form == "library" and weight == "none":
+            return None if bias else F.layer_norm(x, shape, w, b, eps)
+        if form == "library":
+            y = F.layer_norm(x, shape, None, None, eps)
+        else:
+            centred = x - x.mean(-1, keepdim=True)
+            y = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
+        y = y if weight == "none" else y * (w if weight == "w" else 1 + w)
+        return y + b if bias else y
+
+    def check(self, m: Match) -> Refusal | None:
+        """One weight and bias per feature, a constant eps, the last dimension alone."""
+        size = static_size(m.x)
+        if size is None or not (dtype_of(m.x) or torch.int).is_floating_point:
+            return self.refuse(m, "the normalized dimension has no fixed size, or the input is not floating point")
+        for name in ("w", "b"):
+            bound = getattr(m, name)
+            if bound is not None and sizes(bound) != (size,):
+                return self.refuse(m, f"{name} has shape {list(sizes(bound))}, not one number per feature")
+        if not isinstance(m.eps, float | int):
+            return self.refuse(m, "eps is computed by the graph, not a constant")
+        if m.form == "library" and tuple(m.shape) != (size,):
+            return self.refuse(m, "it normalizes over several dimensions")
+        return None
+
+    def rewrite(self, m: Match, x: Any, w: Any, b: Any, eps: Any, shape: Any) -> Any:
+        """The operator, returning what the matched code returned."""
+        offset = 1.0 if m.weight == "1 + w" else 0.0
+        return call(layer_norm, x, w, b, float(m.eps), offset=offset, dtype=dtype_of(m.root))

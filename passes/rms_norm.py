@@ -1,0 +1,86 @@
+"""RMSNorm in any spelling becomes one operator."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from ..kernels.rms_norm import rms_norm
+from ..rewrite.graph import dtype_of, sizes, static_size
+from ..rewrite.match import Match
+from ..rewrite.report import Refusal
+from ..rewrite.rule import RewriteRule, call
+
+ROOTS = {
+    "inside": lambda m, eps: torch.rsqrt(m + eps),
+    "outside": lambda m, eps: 1 / (torch.sqrt(m) + eps),
+    "clamp": lambda m, eps: 1 / torch.sqrt(m).clamp(min=eps),
+    "clamp_mean": lambda m, eps: torch.rsqrt(m.clamp(min=eps)),
+    "none": lambda m, eps: torch.rsqrt(m),
+}
+"""Where people put eps: each is a function of the mean square."""
+
+WEIGHTS = {"none": None, "w": lambda w: w, "1 + w": lambda w: 1 + w}
+ORDERS = {
+    "(xr)w": lambda x, r, w: (x * r) * w,
+    "x(rw)": lambda x, r, w: x * (r * w),
+    "(xw)r": lambda x, r, w: (x * w) * r,
+}
+
+
+class FuseRmsNorm(RewriteRule):
+    """x · r(mean x²) · w  →  rms_norm(x, w, eps)"""
+
+    name = "rms_norm"
+    variants = {"form": ("library", "normalize", *ROOTS), "weight": tuple(WEIGHTS), "order": tuple(ORDERS)}
+
+    def pattern(self, x: Any, w: Any, eps: Any, shape: Any, scale: Any, *, form: str, weight: str, order: str) -> Any:
+        """Every place of eps, with and without weight, multiplied in every order; ``F.rms_norm``; ``F.normalize · √d``."""
+        if weight == "none" and order != "(xr)w":
+            return None
+        if form == "library":
+            return F.rms_norm(x, shape, w, eps) if weight == "none" else None
+        if form == "normalize":
+            if order != "(xr)w":
+                return None
+            y = F.normalize(x, 2.0, -1, eps) * scale
+            return y if weight == "none" else y * WEIGHTS[weight](w)
+        r = ROOTS[form](x.pow(2).mean(-1, keepdim=True), eps)
+        return x * r if weight == "none" else ORDERS[order](x, r, WEIGHTS[weight](w))
+
+    def check(self, m: Match) -> Refusal | None:
+        """One weight per feature, a constant eps, and a mean over the whole last dimension."""
+        size = static_size(m.x)
+        if size is None or not (dtype_of(m.x) or torch.int).is_floating_point:
+            return self.refuse(m, "the normalized dimension has no fixed size, or the input is not floating point")
+        if m.w is not None and sizes(m.w) != (size,):
+            return self.refuse(m, f"the weight has shape {list(sizes(m.w))}, not one number per feature")
+        if m.form != "none" and not isinstance(m.eps, float | int | None):
+            return self.refuse(m, "eps is computed by the graph, not a constant")
+        if m.form == "library" and tuple(m.shape) != (size,):
+            return self.refuse(m, "it normalizes over several dimensions")
+        if m.form == "normalize" and not (isinstance(m.scale, float | int) and math.isclose(m.scale, size**0.5, rel_tol=1e-6)):
+            return self.refuse(m, "the factor after F.normalize is not the square root of the size")
+        return None
+
+    def rewrite(self, m: Match, x: Any, w: Any, eps: Any, shape: Any, scale: Any) -> Any:
+        """The operator, returning what the matched code returned."""
+        mode, eps = _eps(m)
+        offset = 1.0 if m.weight == "1 + w" else 0.0
+        return call(rms_norm, x, w, eps, offset=offset, eps_mode=mode, dtype=dtype_of(m.root))
+
+
+def _eps(m: Match) -> tuple[str, float]:
+    """The operator's place for eps, and eps as it counts there."""
+    if m.form == "library":
+        return "inside", torch.finfo(dtype_of(m.x) or torch.float32).eps if m.eps is None else float(m.eps)
+    if m.form == "none":
+        return "inside", 0.0
+    if m.form == "normalize":  # x / max(‖x‖, e) · √d = x / max(√mean x², e/√d)
+        return "clamp", float(m.eps) / float(m.scale)
+    if m.form == "clamp_mean":
+        return "clamp", float(m.eps) ** 0.5
+    return m.form, float(m.eps)

@@ -1,0 +1,119 @@
+"""Rotary position embedding in any spelling becomes one operator; q and k are then rotated together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import fx
+
+from ..kernels.rope import rope, rope_single
+from ..rewrite.graph import dtype_of, requires_grad, sizes, static_size
+from ..rewrite.match import Match
+from ..rewrite.pattern import as_complex, from_complex, interleave, part
+from ..rewrite.report import Refusal
+from ..rewrite.rule import RewriteRule, call
+from ..rewrite.siblings import SiblingRule
+
+
+class FuseRope(RewriteRule):
+    """x·cos + rotate(x)·sin  →  rope_single(x, cos, sin)"""
+
+    name = "rope"
+    variants = {"form": ("rotate half", "two halves", "rotate pairs", "two of a pair", "complex", "complex, one table")}
+
+    def pattern(
+        self, x: Any, cos: Any, sin: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, *, form: str
+    ) -> Any:
+        """Half-rotated and interleaved, through a rotated copy or part by part, and as a complex product."""
+        if form.startswith("complex"):
+            return from_complex(as_complex(x) * cos)
+        first, second = part(x, a, b, p), part(x, c, d, q)
+        join = torch.cat if "half" in form or "halves" in form else None
+        if form == "rotate half":
+            return x * cos + torch.cat((-second, first), -1) * sin
+        if form == "rotate pairs":
+            return x * cos + interleave(-second, first) * sin
+        left, right = first * cos - second * sin, second * cos + first * sin
+        return torch.cat((left, right), -1) if join else interleave(left, right)
+
+    def check(self, m: Match) -> Refusal | None:
+        """The parts are the two halves (or the even and odd elements), and the tables broadcast to x."""
+        size = static_size(m.x)
+        if size is None or size % 2:
+            return self.refuse(m, "the rotated dimension has no fixed even size")
+        if m.a is not None and _parts(m) != _expected(m.form, size):
+            return self.refuse(m, f"the rotated parts {_parts(m)} are not the two halves of {size}")
+        if sizes(m.x) != sizes(m.root):
+            return self.refuse(m, "the tables are larger than what they rotate")
+        if static_size(m.cos) not in (size, size // 2) or len(sizes(m.cos)) > len(sizes(m.x)):
+            return self.refuse(m, f"a table of shape {list(sizes(m.cos))} does not fit {list(sizes(m.x))}")
+        if not 2 <= len(sizes(m.x)) <= 4:
+            return self.refuse(m, f"{len(sizes(m.x))} dimensions")
+        return None
+
+    def rewrite(self, m: Match, x: Any, cos: Any, sin: Any, **_: Any) -> Any:
+        """One rotation; a table of complex numbers is its real and imaginary part."""
+        if m.form.startswith("complex"):
+            cos, sin = call(torch.real, cos), call(torch.imag, cos)
+        pairs = m.form in ("rotate pairs", "two of a pair") or m.form.startswith("complex")
+        return call(rope_single, x, cos, sin, interleaved=pairs, rotary_dim=static_size(m.x), dtype=dtype_of(m.root))
+
+
+def _parts(m: Match) -> tuple[Any, ...]:
+    size = static_size(m.x)
+    return (m.a, size if m.b is None else m.b, m.c, size if m.d is None else m.d, m.p, m.q)
+
+
+def _expected(form: str, size: int) -> tuple[int, ...]:
+    return (0, size // 2, size // 2, size, 1, 1) if "hal" in form else (0, size, 1, size, 2, 2)
+
+
+class FusePartialRope(RewriteRule):
+    """cat(rope(x[..., :r]), x[..., r:])  →  rope(x) with r rotated elements"""
+
+    name = "rope"
+
+    def pattern(
+        self, x: Any, cos: Any, sin: Any, interleaved: Any, rotary_dim: Any, dtype: Any, stop: Any, end: Any
+    ) -> Any:
+        """The rotated part comes first; the rest passes through."""
+        rotated = call(rope_single, part(x, 0, stop), cos, sin, interleaved=interleaved, rotary_dim=rotary_dim, dtype=dtype)
+        return torch.cat((rotated, part(x, stop, end)), -1)
+
+    def check(self, m: Match) -> Refusal | None:
+        """The two parts are all of x, in x's dtype."""
+        if m.end not in (None, static_size(m.x)) or m.stop != m.rotary_dim:
+            return self.refuse(m, "the rotated and the unrotated part are not all of the tensor")
+        return None
+
+    def rewrite(self, m: Match, x: Any, cos: Any, sin: Any, interleaved: Any, **_: Any) -> Any:
+        """The rotation of the whole tensor."""
+        return call(rope_single, x, cos, sin, interleaved=interleaved, rotary_dim=m.rotary_dim, dtype=dtype_of(m.root))
+
+
+class PairRope(SiblingRule):
+    """rope_single(q, cos, sin), rope_single(k, cos, sin)  →  rope(q, k, cos, sin)"""
+
+    name = "rope"
+    most = 2
+
+    def key(self, node: fx.Node) -> Any:
+        """Rotations by the same tables in the same way, of tensors that differ in the number of heads alone."""
+        if node.target is not rope_single or len(sizes(node)) not in (3, 4):
+            return None
+        return (node.args[1:], tuple(sorted(node.kwargs.items(), key=str)), len(sizes(node)), static_size(node))
+
+    def merge(self, nodes: list[fx.Node], values: list[Any]) -> list[Any] | None:
+        """One call for both."""
+        if len(nodes) != 2 or not _pairable(nodes[0], nodes[1]):
+            return None
+        both = call(rope, values[0].args[0], values[1].args[0], *values[0].args[1:], **values[0].kwargs)
+        return [both[0], both[1]]
+
+
+def _pairable(q: fx.Node, k: fx.Node) -> bool:
+    a, b = sizes(q.args[0]), sizes(k.args[0])
+    differing = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
+    tables = any(requires_grad(t) for t in (q.args[1], q.args[2]))
+    return len(differing) <= 1 and not tables and dtype_of(q.args[0]) == dtype_of(k.args[0])

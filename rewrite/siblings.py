@@ -1,0 +1,121 @@
+"""Rules over nodes that stand side by side: equal but for some arguments, none reading another's result."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import Any, ClassVar
+
+from torch import fx
+
+from . import graph as g
+from .driver import Change, Outcome, Verifier, commit, fake_run, type_problem
+from .report import Refusal, Rewrite
+
+
+class SiblingRule:
+    """Base of rules that merge several nodes of one key into one call."""
+
+    name: ClassVar[str]
+    most: ClassVar[int] = 8
+
+    def key(self, node: fx.Node) -> Any:
+        """Equal for nodes that may be merged; None for nodes that the rule does not concern."""
+        raise NotImplementedError
+
+    def merge(self, nodes: list[fx.Node], values: list[Any]) -> list[Any] | None:
+        """The merged values, one per node, built with ``call`` from ``values``; None where they do not fit together.
+
+        Each of ``values`` has ``args`` and ``kwargs``: those of its node, with proxies for nodes.
+        """
+        raise NotImplementedError
+
+
+class _Call:
+    def __init__(self, node: fx.Node, tracer: Any) -> None:
+        wrap = lambda n: fx.Proxy(n, tracer)  # noqa: E731
+        self.args: tuple[Any, ...] = g.map_nodes(node.args, wrap)
+        self.kwargs: dict[str, Any] = dict(g.map_nodes(dict(node.kwargs), wrap))
+
+
+def apply_sibling_rule(module: fx.GraphModule, rule: SiblingRule, verifier: Verifier | None) -> Outcome:
+    """Merge every group of siblings once."""
+    outcome = Outcome()
+    for group in _groups(module.graph, rule):
+        refusal = _merge(module, rule, group, verifier, outcome)
+        if refusal is not None:
+            outcome.refusals.append(refusal)
+    return outcome
+
+
+def _groups(graph: fx.Graph, rule: SiblingRule) -> list[list[fx.Node]]:
+    contexts, found = g.context_of(graph), defaultdict[Any, list[fx.Node]](list)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            key = rule.key(node)
+            if key is not None:
+                found[repr(key), contexts[node]].append(node)
+    groups = [nodes[i : i + rule.most] for nodes in found.values() for i in range(0, len(nodes), rule.most)]
+    return [nodes for nodes in groups if len(nodes) > 1]
+
+
+def _merge(
+    module: fx.GraphModule, rule: SiblingRule, nodes: list[fx.Node], verifier: Verifier | None, outcome: Outcome
+) -> Refusal | None:
+    graph, last = module.graph, nodes[-1]
+    problem = _move_readers(graph, nodes)
+    if problem is not None:
+        return Refusal(rule.name, g.module_path(last), g.source(last), problem)
+    tracer, before = fx.proxy.GraphAppendingTracer(graph), set(graph.nodes)
+    with graph.inserting_before(last):
+        merged = rule.merge(nodes, [_Call(n, tracer) for n in nodes])
+    if merged is None:
+        return None
+    new = [n for n in graph.nodes if n not in before]
+    for node in new:
+        node.meta = {k: v for k, v in last.meta.items() if k in ("nn_module_stack", "stack_trace")}
+        node.meta["val"] = fake_run(node)
+    inputs = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes))
+    change = Change(rule.name, inputs, list(nodes), tuple(nodes), new, tuple(m.node for m in merged))
+    problem, error = type_problem(change), None
+    if problem is None and verifier is not None:
+        error, problem = verifier(module, change)
+    if problem is not None:
+        g.erase_dead(new)
+        return Refusal(rule.name, g.module_path(last), g.source(last), problem)
+    path, place = _common_path(nodes), g.source(last)
+    outcome.rewrites.append(Rewrite(rule.name, path, place, *commit(change), error))
+    return None
+
+
+def _common_path(nodes: list[fx.Node]) -> str:
+    """The module that holds all of ``nodes``."""
+    parts = [g.module_path(n).split(".") for n in nodes]
+    shared = 0
+    while all(len(p) > shared for p in parts) and len({p[shared] for p in parts}) == 1:
+        shared += 1
+    return ".".join(parts[0][:shared])
+
+
+def _move_readers(graph: fx.Graph, nodes: list[fx.Node]) -> str | None:
+    """Move whatever between the siblings reads one of them behind the last; says why where that is impossible."""
+    first, last = nodes[0], nodes[-1]
+    between = [n for n in graph.nodes if g.before(first, n) and g.before(n, last)]
+    dependent = set(nodes[:-1])
+    moved = []
+    for node in between:
+        if node in nodes:
+            if any(i in dependent for i in node.all_input_nodes):
+                return "one of them reads another's result"
+            continue
+        if any(i in dependent for i in node.all_input_nodes):
+            dependent.add(node)
+            moved.append(node)
+    if any(i in dependent for i in last.all_input_nodes):
+        return "one of them reads another's result"
+    if moved and any(not g.is_pure(n) for n in between):
+        return "an operation with side effects stands between them"
+    point = last
+    for node in moved:
+        point.append(node)
+        point = node
+    return None
