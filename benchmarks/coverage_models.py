@@ -28,29 +28,54 @@ MAPPINGS = {
 }
 
 PREREQUISITES: dict[str, dict[str, Any]] = {
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0}},
+    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
 }
 """What some default configs need to be valid at all."""
+
+MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
     # None by default, and no model without a number
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
-    "dots1": {"n_shared_experts": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1},
+    "dots1": {
+        "n_shared_experts": 1, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2,
+    },
     "hunyuan_v1_dense": {"head_dim": 16},
     "hunyuan_v1_moe": {"head_dim": 16},
     "ministral": {"head_dim": 16},
     "nemotron": {"head_dim": 16, "num_key_value_heads": 2},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2, "num_hidden_layers": 4},
+    "qwen4_exp_text": {
+        "indexer_n_heads": 2, "indexer_kv_heads": 1, "indexer_head_dim": 16, "indexer_budget": 8,
+        "indexer_compress_ratio": 4,
+    },
+    # hybrids whose kinds of layers follow from a period, or are all of one kind by default
+    "bamba": {**MAMBA, "num_hidden_layers": 4, "attn_layer_indices": [1, 3]},
+    "falcon_h1": {**MAMBA, "mamba_d_ssm": 128},
+    "granitemoehybrid": {**MAMBA, "layer_types": ["linear_attention", "full_attention"] * 2, "num_hidden_layers": 4},
+    "jamba": {"num_hidden_layers": 4, "attn_layer_period": 2, "attn_layer_offset": 1, "num_experts": 4},
+    "recurrent_gemma": {"num_hidden_layers": 3},
+    "mamba2": {"num_heads": 8},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]], "num_layers": 4},
+    "zamba": {
+        "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
+    },
     # tables that no size in the config bounds
     "blt": {"encoder_hash_byte_group_vocab": 128},
-    "reformer": {"is_decoder": True},
+    "gemma3n_text": {"num_kv_shared_layers": 0},
+    "dbrx": {"attn_config": {"rope_theta": 10000.0, "clip_qkv": 8.0}},
+    "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4},
     "xmod": {"default_language": "en_XX"},
 }
+OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
 """Type → fields whose values no pattern can give."""
 
 SIZES: tuple[tuple[str, int], ...] = (
     (r"(index|indexer)_head_dim$", 32),
     (r"(^|_)(head_dim|d_kv|kv_channels|attention_head_size|d_head|dim_head|headdim|d_head)$", 16),
-    (r"^rotary_dim$", 8),
+    (r"^rotary_dim$|^patch_size$", 8),
+    (r"^(image|crop)_size$", 32),
+    (r"^max_source_positions$", 48),
     (r"(mamba|ssm)\w*_n?_?heads$", 8),
     (r"(^|_)(n|num|n_mamba)?_?(\w+_)?heads?$", 4),
     (r"lora_rank$|low_?rank$|_rank$", 32),
@@ -84,15 +109,14 @@ def tiny_model(name: str, class_name: str) -> PreTrainedModel:
     """A randomly initialized model of class ``class_name`` with the shrunk default config of type ``name``."""
     model_class = getattr(transformers, class_name)
     overrides = OVERRIDES.get(name, {})
-    config_class = CONFIG_MAPPING[name]
+    config_class = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else model_class.config_class
     config = _shrink(config_class(**PREREQUISITES.get(name, {})), {}, overrides)
     if not isinstance(config, model_class.config_class):
-        config = next(c for c in _sub_configs(config) if isinstance(c, model_class.config_class))
+        parts = [c for c in vars(config).values() if isinstance(c, model_class.config_class)]
+        config = parts[0] if parts else _shrink(model_class.config_class(), {}, overrides)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
+        config.decoder_start_token_id = config.pad_token_id = 0
     return model_class(config)
-
-
-def _sub_configs(config: PreTrainedConfig) -> list[PreTrainedConfig]:
-    return [c for c in vars(config).values() if isinstance(c, PreTrainedConfig)]
 
 
 def _shrink(config: PreTrainedConfig, tokens: dict[int, int], overrides: Mapping[str, Any]) -> PreTrainedConfig:
@@ -100,16 +124,31 @@ def _shrink(config: PreTrainedConfig, tokens: dict[int, int], overrides: Mapping
     kept = _kept_layers(config, overrides)
     chosen: dict[str, Any] = {}
     for field in dataclasses.fields(config):
-        value = vars(config).get(field.name)
+        value = _value(config, field.name)
         if isinstance(value, PreTrainedConfig):
             chosen[field.name] = _shrink(value, tokens, overrides.get(field.name, {}))
         elif _per_layer(config, value):
             chosen[field.name] = [value[i] for i in kept]
         elif field.default is not None or value is None:
             chosen[field.name] = _resize(config, field.name, value, tokens)
+    if "mrope_section" in type(config).ignore_keys_at_rope_validation or "mrope_section" in (_value(config, "rope_parameters") or {}):
+        chosen["rope_parameters"] = _rotation(config, chosen.get("head_dim") or 16)
     if kept:
         chosen[_layer_field(config)] = len(kept)
     return type(config)(**chosen | {k: v for k, v in overrides.items() if not isinstance(chosen.get(k), PreTrainedConfig)})
+
+
+def _rotation(config: PreTrainedConfig, head_dim: int) -> dict[str, Any]:
+    """Rotary settings whose three sections add up to half of the rotated part of a head."""
+    found = dict(_value(config, "rope_parameters") or {})
+    half = int(head_dim * found.get("partial_rotary_factor", 1.0)) // 2
+    side = half * 3 // 8
+    return found | {"mrope_section": [half - 2 * side, side, side]}
+
+
+def _value(config: PreTrainedConfig, name: str) -> Any:
+    """A field as stored: ``getattr`` refuses fields that vary by layer."""
+    return vars(config).get(config.attribute_map.get(name, name))
 
 
 def _layer_field(config: PreTrainedConfig) -> str:
@@ -130,6 +169,8 @@ def _kept_layers(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> list
 
 
 def _resize(config: PreTrainedConfig, name: str, value: Any, tokens: dict[int, int]) -> Any:
+    if isinstance(value, list | tuple) and re.search(r"(image|patch|crop)_size$", name):
+        return type(value)(_resize(config, name, v, tokens) for v in value)
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if re.search(r"token_(id|index)$|_id$", name):

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,9 +34,13 @@ def _wide(x: Tensor) -> Tensor:
     return x.to(compute_dtype(x))
 
 
+def _in_place(backward: Any, *arguments: Any, **options: Any) -> Callable[[Tensor, Tensor], Tensor]:
+    return lambda d, x: backward.grad_input(d, x, *arguments, grad_input=d, **options)
+
+
 def _sigmoid_chain(d: Tensor, x: Tensor) -> Tensor:
     y = torch.sigmoid(_wide(x))
-    return torch.mul(d, y).mul_(1 - y)
+    return d * y.mul_(1 - y)
 
 
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
@@ -43,7 +48,7 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
-    "relu2": lambda x: F.relu(_wide(x)).square(),
+    "relu2": lambda x: F.relu(x).square(),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "identity": torch.clone,
@@ -52,17 +57,17 @@ ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
 """a(x), always a new tensor. What torch's own operators would round more than once comes in float32."""
 
 CHAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "silu": aten.silu_backward,
-    "gelu": aten.gelu_backward,
-    "gelu_tanh": partial(aten.gelu_backward, approximate="tanh"),
-    "relu": partial(aten.threshold_backward, threshold=0),
-    "relu2": lambda d, x: aten.threshold_backward(2 * _wide(x) * d, _wide(x), 0),
+    "silu": _in_place(aten.silu_backward),
+    "gelu": _in_place(aten.gelu_backward),
+    "gelu_tanh": _in_place(aten.gelu_backward, approximate="tanh"),
+    "relu": _in_place(aten.threshold_backward, 0),
+    "relu2": lambda d, x: _in_place(aten.threshold_backward, 0)(d.mul_(x).mul_(2), x),
     "sigmoid": _sigmoid_chain,
     "tanh": lambda d, x: d * (1 - torch.tanh(_wide(x)).square_()),
     "identity": lambda d, x: d,
     "quick_gelu": lambda d, x: aten.silu_backward(_wide(d), 1.702 * _wide(x)),
 }
-"""d · a'(x) from d and x, without a gradient of its own."""
+"""d · a'(x) from d, which may be overwritten, and x of the same dtype; without a gradient of its own."""
 
 
 @triton.jit

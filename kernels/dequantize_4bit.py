@@ -73,18 +73,15 @@ def _dequantize(
     nibble = tl.arange(0, 8)
     element = word[:, :, None] * 8 + nibble[None, None, :]
     packed += first * (WORDS * 4)
+    # The first code of a byte is its high nibble.
     if WHOLE:
         in_word = word * 8 < left
         bits = tl.load(packed.to(tl.pointer_type(tl.uint32)) + word, mask=in_word, other=0)
+        codes = (bits[:, :, None] >> ((nibble * 4) ^ 4).to(tl.uint32)[None, None, :]) & 15
         in_count = in_word[:, :, None]
     else:
-        bits = tl.zeros((BLOCKS, WORDS), tl.uint32)
-        for byte in tl.static_range(4):
-            in_byte = word * 8 + byte * 2 < left
-            bits |= tl.load(packed + word * 4 + byte, mask=in_byte, other=0).to(tl.uint32) << (byte * 8)
         in_count = element < left
-    # The first code of a byte is its high nibble.
-    codes = (bits[:, :, None] >> ((nibble * 4) ^ 4).to(tl.uint32)[None, None, :]) & 15
+        codes = (tl.load(packed + element // 2, mask=in_count, other=0) >> (element % 2 * 4 ^ 4).to(tl.uint8)) & 15
     values = tl.gather(tl.load(code + tl.arange(0, 16)), tl.reshape(codes.to(tl.int32), [BLOCKS * BLOCK_SIZE]), 0)
     values = tl.reshape(values, [BLOCKS, WORDS, 8]) * scale[:, None, None]
     tl.store(out + first * BLOCK_SIZE + element, rounded(values, out.dtype.element_ty), mask=in_count)
@@ -112,9 +109,10 @@ def _launch(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
     blocks = max(TILE_WORDS * 8 // layout.block_size, 1)
     whole = out.numel() % 8 == 0 and tensors[0].data_ptr() % 4 == 0
     grid = (triton.cdiv(out.numel(), blocks * layout.block_size),)
+    kernel: Any = _dequantize
     if out.numel():
         options = {"BLOCKS": blocks, "WHOLE": whole, "num_warps": WARPS, "enable_fp_fusion": False}
-        _dequantize[grid](*tensors, out, out.numel(), **sizes, **options)
+        kernel[grid](*tensors, out, out.numel(), **sizes, **options)
     return out
 
 

@@ -131,11 +131,10 @@ def _backward(
                 if NEEDS_BIAS:
                     bias_sum += dy
             else:
-                again = first != program * ROWS
                 if NEEDS_WEIGHT:
-                    R.accumulate(for_weight, start + col, cols, tl.sum(dy * unit, 0), again)
+                    R.accumulate(for_weight, start + col, cols, tl.sum(dy * unit, 0))
                 if NEEDS_BIAS:
-                    R.accumulate(for_bias, start + col, cols, tl.sum(dy, 0), again)
+                    R.accumulate(for_bias, start + col, cols, tl.sum(dy, 0))
     if NEEDS_WEIGHT and WHOLE:
         tl.store(for_weight + col, tl.sum(weight_sum, 0), mask=col < cols)
     if NEEDS_BIAS and WHOLE:
@@ -146,11 +145,8 @@ def _launch_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, mu: Tensor, r: Tensor, eps: float, offset: float
 ) -> None:
     count, options = R.blocks(x, PER_THREAD)
-    sizes, strides = R.layout(x, y, mu, r)
-    vectors = [x if vector is None else vector.contiguous() for vector in (weight, bias)]
     options |= {"eps": eps, "offset": offset, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
-    with torch.cuda.device_of(x):
-        _forward[(count,)](x, y, mu, r, *vectors, sizes, *strides, **options)
+    R.launch(_forward, count, (x, y, mu, r), (weight, bias), options)
 
 
 def _launch_backward(
@@ -160,14 +156,10 @@ def _launch_backward(
     """dx in its buffer, dweight and dbias in float32; None for one not needed."""
     count, options = R.blocks(x, PER_THREAD_BACKWARD)
     count = min(count, R.persistent(x, PROGRAMS))
-    partial = x.new_empty((2, count, x.shape[-1]), dtype=torch.float32)
-    out = x if dx is None else dx
-    sizes, strides = R.layout(x, grad, mu, r, out)
-    vector = x if weight is None else weight.contiguous()
+    partial = R.partial_sums(x, count, 2)
     options |= {"offset": offset, "HAS_WEIGHT": weight is not None}
     options |= {"NEEDS_X": dx is not None, "NEEDS_WEIGHT": needs_weight, "NEEDS_BIAS": needs_bias}
-    with torch.cuda.device_of(x):
-        _backward[(count,)](x, grad, mu, r, out, vector, partial, sizes, *strides, **options)
+    R.launch(_backward, count, (x, grad, mu, r, dx), (weight, partial), options)
     return dx, partial[0].sum(0) if needs_weight else None, partial[1].sum(0) if needs_bias else None
 
 

@@ -81,25 +81,14 @@ def reference(
 
 
 @triton.jit
-def _tanh(a):
+def _cap(u, softcap):
+    a = u / softcap
     # (1 - e) / (1 + e) cancels near zero, where the odd series is exact to float32.
     s = a * a
     near = a * (1.0 + s * (-0.33333334 + s * (0.13333334 + s * (-0.053968254 + s * 0.021869488))))
     e = tl.exp(-2.0 * tl.abs(a))
     far = (1.0 - e) / (1.0 + e)
-    return tl.where(tl.abs(a) < 0.3, near, tl.where(a < 0, -far, far))
-
-
-@triton.jit
-def _logit(raw, logit_scale, softcap, CAPPED: tl.constexpr):
-    """z and dz / d(raw)."""
-    z = raw.to(tl.float32) * logit_scale
-    slope = tl.zeros_like(z) + logit_scale
-    if CAPPED:
-        t = _tanh(z / softcap)
-        z = softcap * t
-        slope = slope * (1.0 - t * t)
-    return z, slope
+    return softcap * tl.where(tl.abs(a) < 0.3, near, tl.where(a < 0, -far, far))
 
 
 @triton.jit
@@ -126,18 +115,22 @@ def _row_kernel(
     label = tl.load(target + row)
     live = label != ignore_index
     inside = (label >= 0) & (label < vocab)
-    z_label, _ = _logit(tl.load(logits + label, mask=live & inside, other=float("nan")), logit_scale, softcap, CAPPED)
+    z_label = tl.load(logits + label, mask=live & inside, other=float("nan")).to(tl.float32) * logit_scale
+    if CAPPED:
+        z_label = _cap(z_label, softcap)
     # Sums and differences are taken relative to z_label and to the maximum: logits of 1e4 keep their differences.
     shift = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
     top = tl.full([], float("-inf"), tl.float32)
     base = tl.full([], 0.0, tl.float32)
-    mass = tl.zeros([BLOCK], tl.float32)
-    shifted = tl.zeros([BLOCK], tl.float32)
+    mass = tl.full([BLOCK], 0.0, tl.float32)
+    shifted = tl.full([BLOCK], 0.0, tl.float32)
     for start in range(0, tl.where(live, vocab, 0), BLOCK):
         cols = start + tl.arange(0, BLOCK)
         # The mask is the padded width, because a limit that 16 does not divide would make every access scalar.
         raw = tl.load(logits + cols, mask=cols < stride, other=0.0)
-        z, _ = _logit(tl.where(cols < vocab, raw, 0.0), logit_scale, softcap, CAPPED)
+        z = raw.to(tl.float32) * logit_scale
+        if CAPPED:
+            z = _cap(z, softcap)
         z = tl.where(cols < vocab, z, float("-inf"))
         new_top = tl.maximum(top, tl.max(z, axis=0))
         base = tl.where(new_top == float("-inf"), 0.0, new_top)
@@ -158,8 +151,12 @@ def _row_kernel(
         for start in range(0, vocab, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             raw = tl.load(logits + cols, mask=cols < width, other=0.0)
-            z, slope = _logit(tl.where(cols < vocab, raw, 0.0), logit_scale, softcap, CAPPED)
-            g = tl.exp(z - base) * inverse
+            z = raw.to(tl.float32) * logit_scale
+            slope = logit_scale
+            if CAPPED:
+                z = _cap(z, softcap)
+                slope = logit_scale * (1.0 - (z / softcap) * (z / softcap))
+            g = tl.where(cols < vocab, tl.exp(z - base) * inverse, 0.0)
             if SMOOTHED:
                 g -= smoothing / vocab
             g = tl.where(cols == label, g - (1.0 - smoothing), g) * (scale * slope)
@@ -267,7 +264,9 @@ def _sweep(
     if not x.is_cuda:
         _check_labels(target, vocab, loss.ignore_index)
     losses = x.new_empty(rows, dtype=wide)
-    logits = x.new_empty(chunk, triton.cdiv(vocab, 16) * 16 if kernel else vocab, dtype=dtype)[:, :vocab]
+    padded = x.new_empty(chunk, triton.cdiv(vocab, 16) * 16 if kernel else vocab, dtype=dtype)
+    logits = padded[:, :vocab]
+    padded[:, vocab:] = 0
     dx = x.new_empty((rows, hidden) if needs[0] else 0)
     sum_dtype = wide if chunk < rows else _kept_dtype(weight)
     dw = weight.new_empty(weight.shape if needs[1] else 0, dtype=sum_dtype)
@@ -416,8 +415,10 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]
         ctx.save_for_backward(unit, dx, dw, db, *((total, denominator) if divides else ()))
 
 
-def _backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Any, ...]:
+def _backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Any, ...]:
     unused = (None,) * 8
+    if grad is None:
+        return *unused, *(None,) * 5
     if ctx.recomputes:
         grads = _backward_op(grad, *ctx.saved_tensors, *ctx.options)
         dx, dw, db = (g if need else None for g, need in zip(grads, ctx.needs, strict=True))

@@ -50,6 +50,11 @@ def no_autocast(x: Tensor) -> AbstractContextManager[Any]:
     return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
+def cast_dense(weight: list[Tensor], layout: str, dtype: torch.dtype) -> list[Tensor]:
+    """``weight`` as autocast would hand it to a linear: a dense one in ``dtype``, a 4-bit one as it is."""
+    return weight if Layout.decode(layout).is_4bit else [weight[0].to(dtype)]
+
+
 def dense(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
     """The (out_features, in_features) matrix of any layout: a view of a dense weight, a temporary of a 4-bit one."""
     if layout.is_4bit:
@@ -109,7 +114,7 @@ def _matvec_kernel(
     blocks = ins // BLOCK_SIZE
     start = out.to(tl.int64)[:, None] * blocks
     sums = tl.zeros((ROWS, OUTS, BLOCKS, WORDS), tl.float32)
-    for first in tl.range(0, blocks, BLOCKS, num_stages=STAGES):
+    for first in tl.range(0, blocks, BLOCKS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         column = first + tl.arange(0, BLOCKS)
         in_row = column < blocks
         block, there = start + column[None, :], in_outs[:, None] & in_row[None, :]
@@ -135,12 +140,13 @@ def _matvec(x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None
     y = x.new_empty((rows, outs))
     tensors, sizes = arguments(weight, layout)
     padded = triton.next_power_of_2(rows)
-    tile = {"ROWS": padded, "OUTS": max(8 // padded, 2), "BLOCKS": max(TILE_WORDS * 8 // layout.block_size, 1)}
+    tile = {"ROWS": padded, "OUTS": 8 if padded <= 4 else 4, "BLOCKS": max(TILE_WORDS * 8 // layout.block_size, 1)}
     options = {**sizes, **tile, "BIAS": bias is not None, "STAGES": STAGES, "num_warps": WARPS}
     given = bias.contiguous() if bias is not None else y
+    kernel: Any = _matvec_kernel
     grid = (triton.cdiv(outs, tile["OUTS"]),)
     if outs:
-        _matvec_kernel[grid](x, *tensors, given, y, rows, outs, layout.in_features, **options, enable_fp_fusion=True)
+        kernel[grid](x, *tensors, given, y, rows, outs, layout.in_features, **options, enable_fp_fusion=True)
     return y
 
 

@@ -74,11 +74,8 @@ def _launch_forward(
     eps: float, offset: float, mode: str,
 ) -> None:  # fmt: skip
     count, options = R.blocks(x, norm.PER_THREAD)
-    sizes, strides = R.layout(x, residual, h, y, r)
-    vector = x if weight is None else weight.contiguous()
     options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
-    with torch.cuda.device_of(x):
-        _forward[(count,)](x, residual, h, y, r, vector, sizes, *strides, **options)
+    R.launch(_forward, count, (x, residual, h, y, r), (weight,), options)
 
 
 def _empty(x: Tensor, residual: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

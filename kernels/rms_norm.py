@@ -78,7 +78,7 @@ def slope(r, eps, MODE: tl.constexpr):
 
 @triton.jit
 def _forward(
-    x, weight, y, r, sizes, x_strides, y_strides, r_strides, rows, cols, eps, offset,
+    x, y, r, weight, sizes, x_strides, y_strides, r_strides, rows, cols, eps, offset,
     MODE: tl.constexpr, HAS_WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
     ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
@@ -146,7 +146,7 @@ def _backward(
                 if WHOLE:
                     total += dy * unit
                 else:
-                    R.accumulate(partial, start + col, cols, tl.sum(dy * unit, 0), first != program * ROWS)
+                    R.accumulate(partial, start + col, cols, tl.sum(dy * unit, 0))
     if NEEDS_WEIGHT and WHOLE:
         tl.store(partial + col, tl.sum(total, 0), mask=col < cols)
 
@@ -155,11 +155,8 @@ def _launch_forward(
     x: Tensor, weight: Tensor | None, y: Tensor, r: Tensor, eps: float, offset: float, mode: str
 ) -> None:
     count, options = R.blocks(x, PER_THREAD)
-    sizes, strides = R.layout(x, y, r)
-    vector = x if weight is None else weight.contiguous()
     options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
-    with torch.cuda.device_of(x):
-        _forward[(count,)](x, vector, y, r, sizes, *strides, **options)
+    R.launch(_forward, count, (x, y, r), (weight,), options)
 
 
 def _launch_backward(
@@ -169,14 +166,10 @@ def _launch_backward(
     """Fills ``dx`` if there is one, and returns the weight's gradient in float32, nothing if it is not needed."""
     count, options = R.blocks(x, PER_THREAD_BACKWARD)
     count = min(count, R.persistent(x, PROGRAMS))
-    partial = x.new_empty((count if needs_weight else 0, x.shape[-1]), dtype=torch.float32)
-    others = (x if extra is None else extra, x if dx is None else dx)
-    sizes, strides = R.layout(x, grad, r, *others)
-    vector = x if weight is None else weight.contiguous()
+    partial = R.partial_sums(x, count if needs_weight else 0)
     options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
     options |= {"HAS_EXTRA": extra is not None, "NEEDS_X": dx is not None, "NEEDS_WEIGHT": needs_weight}
-    with torch.cuda.device_of(x):
-        _backward[(count,)](x, grad, r, *others, vector, partial, sizes, *strides, **options)
+    R.launch(_backward, count, (x, grad, r, extra, dx), (weight, partial), options)
     return partial.sum(0)
 
 

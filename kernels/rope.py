@@ -206,15 +206,18 @@ def _turn_plain(
     xs: list[Tensor], outs: list[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, transposed: bool
 ) -> None:
     dtype = compute_dtype(xs[0])
-    (cos_a, cos_b), (sin_a, sin_b) = (_entries(t.to(dtype), rotary_dim, interleaved) for t in (cos, sin))
+    cos_ab, (sin_a, sin_b) = cos.to(dtype), _entries(sin.to(dtype), rotary_dim, interleaved)
+    if cos.shape[-1] < rotary_dim:
+        cos_ab = cos_ab.repeat_interleave(2, -1) if interleaved else torch.cat((cos_ab, cos_ab), -1)
     if transposed:
         sin_a, sin_b = -sin_b, -sin_a
     for x, out in zip(xs, outs, strict=True):
         wide = x.to(dtype)
         y = out if out.dtype == dtype else torch.empty_like(wide)
         (a, b), (y_a, y_b) = (_pair(t[..., :rotary_dim], interleaved) for t in (wide, y))
-        torch.mul(a, cos_a, out=y_a).addcmul_(b, sin_a, value=-1)
-        torch.mul(b, cos_b, out=y_b).addcmul_(a, sin_b)
+        torch.mul(wide[..., :rotary_dim], cos_ab, out=y[..., :rotary_dim])
+        y_a.addcmul_(b, sin_a, value=-1)
+        y_b.addcmul_(a, sin_b)
         y[..., rotary_dim:] = wide[..., rotary_dim:]
         if y is not out:
             out.copy_(y)

@@ -89,6 +89,31 @@ def persistent(x: Tensor, per_multiprocessor: int) -> int:
     return units * per_multiprocessor
 
 
+def launch(
+    kernel: Any,
+    count: int,
+    tensors: tuple[Tensor | None, ...],
+    vectors: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+) -> None:
+    """Calls ``kernel(*tensors, *vectors, sizes, *strides, **options)`` on ``count`` programs of the tensors' device.
+
+    Sizes and strides are those of :func:`layout` of ``tensors``. What is None the kernel will not touch.
+    """
+    lead = next(t for t in tensors if t is not None)
+    there = [lead if t is None else t for t in tensors]
+    dense = [lead if v is None else v.contiguous() for v in vectors]
+    sizes, strides = layout(*there)
+    with torch.cuda.device_of(lead):
+        kernel[(count,)](*there, *dense, sizes, *strides, **options)
+
+
+def partial_sums(x: Tensor, count: int, *lead: int) -> Tensor:
+    """(*lead, count, cols) in float32 for sums over rows, one for each program; zero if it adds them up there."""
+    make = torch.empty if x.shape[-1] <= LONGEST else torch.zeros
+    return make((*lead, count, x.shape[-1]), dtype=torch.float32, device=x.device)
+
+
 @triton.jit
 def row_start(row, sizes, strides):
     """Offset of each row, in elements, for sizes and strides from :func:`layout`."""
@@ -138,9 +163,8 @@ def load_vector(pointer, col, cols, offset, PRESENT: tl.constexpr):
 
 
 @triton.jit
-def accumulate(pointer, col, cols, value, again):
-    """Adds ``value`` to a program's own float32 vector, which holds nothing yet unless ``again``."""
-    so_far = tl.load(pointer + col, mask=(col < cols) & again, other=0.0)
-    tl.store(pointer + col, so_far + value, mask=col < cols)
+def accumulate(pointer, col, cols, value):
+    """Adds ``value`` to a program's own float32 vector."""
+    tl.store(pointer + col, tl.load(pointer + col, mask=col < cols) + value, mask=col < cols)
     # The next load may give an element to another thread.
     tl.debug_barrier()

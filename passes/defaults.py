@@ -6,18 +6,28 @@ from ..rewrite.pipeline import Pass, Rules
 from .functionalize import Functionalize
 from .gated_mlp import FuseGatedMlp
 from .layer_norm import FuseLayerNorm
+from .linear_cross_entropy import FuseLinearCrossEntropy, Logits
+from .lora_linear import FuseLoraLinear
+from .quant_linear import FuseQuantLinear
 from .residual_norm import FuseResidualNorm
 from .rms_norm import FuseRmsNorm
 from .rope import FusePartialRope, FuseRope, PairRope
 
 
-def default_passes(mode: str = "train") -> tuple[Pass, ...]:
-    """The passes for ``mode`` ("train" or "inference")."""
+def default_passes(mode: str = "train", *, logits: Logits = "defer") -> tuple[Pass, ...]:
+    """The passes for ``mode`` ("train" or "inference").
+
+    ``logits`` is for models that return logits beside a loss: computed when read (``"defer"``), always (``"keep"``), or
+    never, an access then raising an explanation (``"drop"``).
+    """
     return (
         Functionalize(),
         Rules("rms_norm", (FuseRmsNorm(),)),
         Rules("layer_norm", (FuseLayerNorm(),)),
         Rules("residual_norm", (FuseResidualNorm(),)),
         Rules("rope", (FuseRope(), FusePartialRope(), PairRope())),
+        Rules("lora_linear", (FuseLoraLinear(),)),
+        Rules("quant_linear", (FuseQuantLinear(),)),
         Rules("gated_mlp", (FuseGatedMlp(),)),
+        Rules("linear_cross_entropy", (FuseLinearCrossEntropy(logits),)),
     )

@@ -4,8 +4,8 @@
     scale[j] = absmax[j]                                                             plain
     scale[j] = nested_code[absmax[j]] · nested_absmax[j / nested_block_size] + nested_offset      double quantization
 
-q[2k] is the high and q[2k + 1] the low nibble of packed[k], in row-major order of the whole weight: a block may run over
-the end of a row. Each product and sum is rounded to float32 (no fused multiply-add), then once to the result's dtype.
+q[2k] is the high and q[2k + 1] the low nibble of packed[k], in row-major order of the whole weight: a block may run
+over the end of a row. Each product and sum is rounded to float32 (no fused multiply-add), then to the result's dtype.
 Source: QLoRA (arXiv:2305.14314), appendix E, for NF4; the tables and the order are those of bitsandbytes.
 """
 
@@ -40,7 +40,24 @@ NF4 = (
 )
 """Quantiles of a standard normal distribution, scaled to [-1, 1]; code 7 is an exact zero."""
 
-FP4 = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4, 0.0, -1 / 192, -2 / 3, -1.0, -1 / 3, -1 / 2, -1 / 6, -1 / 4)
+FP4 = (
+    0.0,
+    1 / 192,
+    2 / 3,
+    1.0,
+    1 / 3,
+    1 / 2,
+    1 / 6,
+    1 / 4,
+    0.0,
+    -1 / 192,
+    -2 / 3,
+    -1.0,
+    -1 / 3,
+    -1 / 2,
+    -1 / 6,
+    -1 / 4,
+)
 """Sign, two exponent bits and one mantissa bit, divided by the largest, 12."""
 
 

@@ -14,6 +14,7 @@ from torch import fx
 
 from .expr import Expr, View, last_size, rank, strip_casts
 from .graph import sizes
+from .vocabulary import bind, operation
 
 
 class Site(NamedTuple):
@@ -380,3 +381,67 @@ def complex_as_pairs(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
         return None
     before, after = sizes(x.node), sizes(at.node)
     return v.intern("from_complex", x.args, at.node) if before[:-2] == after[:-1] and len(after) == len(before) - 1 else None
+
+
+# quantized products -------------------------------------------------------------------------------------------------
+@equation("getitem")
+def product_inside_autograd_function(v: View, at: Site, x: Any, index: Any) -> Expr | None:
+    """The first result of an autograd.Function whose forward is one 4-bit product is that product.
+
+    Its own backward is what the replay compares the replacement's gradients with.
+    """
+    if index != 0 or not isinstance(x, Expr) or x.op != "autograd_function_apply" or x.node is None:
+        return None
+    root, body = x.node.graph.owning_module, x.node.args[0]
+    inner = getattr(root, str(body.target), None) if isinstance(body, fx.Node) and root is not None else None
+    result = _first_result(inner.graph) if isinstance(inner, fx.GraphModule) else None
+    if result is None or operation(result) != "gemm_4bit":
+        return None
+    outside = dict(zip((n for n in result.graph.nodes if n.op == "placeholder"), x.node.args[2:], strict=False))
+    args = bind("gemm_4bit", result.args, dict(result.kwargs))
+    resolved = [_resolve(a, outside) for a in args or ()]
+    return v.intern("gemm_4bit", tuple(v.of(r) for r in resolved), at.node) if resolved and None not in resolved[:1] else None
+
+
+def _first_result(graph: fx.Graph) -> fx.Node | None:
+    found: Any = next(n for n in graph.nodes if n.op == "output").args[0]
+    while isinstance(found, tuple | list) and found:
+        found = found[0]
+    return found if isinstance(found, fx.Node) and found.op == "call_function" else None
+
+
+def _resolve(argument: Any, outside: dict[fx.Node, Any]) -> Any:
+    """What an argument inside the function's body is outside it; reshapes of packed bytes do not matter."""
+    while isinstance(argument, fx.Node) and argument not in outside and argument.op == "call_method":
+        argument = argument.args[0]
+    return outside.get(argument) if isinstance(argument, fx.Node) else argument
+
+
+@equation("gemm_4bit")
+def packed_bytes(v: View, at: Site, x: Any, weight: Any, *storage: Any) -> Expr | None:
+    """Reshapes of packed bytes do not matter."""
+    while isinstance(weight, Expr) and weight.op in ("view", "transposed"):
+        weight = weight.args[0]
+    return v.intern("gemm_4bit", (x, weight, *storage), at.node)
+
+
+@equation("cross_entropy", "log_softmax")
+def over_rows(v: View, at: Site, x: Any, *options: Any) -> Expr | None:
+    """A loss over classes reads rows, whether or not its input was flattened to rows for it."""
+    if not isinstance(x, Expr) or x.op == "rows" or v.pattern:
+        return None
+    inner = strip_casts(x, only_widening=False)
+    flat = inner.args[0] if inner.op in ("view", "flatten") and _keeps_last(inner) else inner
+    dims = rank(x)
+    if dims != 2 or not isinstance(flat, Expr):
+        return None
+    return v.intern(at.op, (v.intern("rows", (flat,), inner.node), *options), at.node)
+
+
+def _keeps_last(x: Expr) -> bool:
+    """Whether a reshape flattens leading dimensions alone."""
+    inner = x.args[0]
+    if not isinstance(inner, Expr) or inner.node is None or x.node is None:
+        return False
+    before, after = sizes(inner.node), sizes(x.node)
+    return len(after) == 2 and len(before) >= 2 and before[-1] == after[-1]

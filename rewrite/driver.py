@@ -140,11 +140,14 @@ def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, int]) -> R
         if g.is_in_place(node) and node.args and isinstance(node.args[0], fx.Node) and read & g.storage_roots(node.args[0]):
             return rule.refuse(match, f"{node.name} overwrites a value in place between the matched operations")
     late = [i.name for i in match.inputs() if not g.before(i, end)]
-    return rule.refuse(match, f"{late[0]} is computed after an output is first read") if late else None
+    return rule.refuse(match, f"{late[0]} is computed after a result is first read") if late else None
 
 
 def _insertion_point(match: Match) -> fx.Node:
-    return min(match.outputs, key=lambda n: n._sort_key)
+    """Where the replacement goes: in place of the root, or before whoever reads another output earlier."""
+    inside = set(match.nodes)
+    readers = [u for o in match.outputs for u in o.users if u not in inside]
+    return min((match.root, *readers), key=lambda n: n._sort_key)
 
 
 def _replace(

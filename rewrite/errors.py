@@ -19,6 +19,10 @@ class OptionError(WeftError, ValueError):
     """An argument of a public function has a wrong type or value."""
 
 
+class CaptureError(WeftError, RuntimeError):
+    """A call broke an assumption that a captured graph rests on and that no guard checks."""
+
+
 class UndoError(WeftError, RuntimeError):
     """``undo`` cannot restore the model: weft never optimized it, or its former weights were not kept."""
 

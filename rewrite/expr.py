@@ -79,6 +79,9 @@ class View:
             return slice(self.of(node.start), self.of(node.stop), self.of(node.step))
         if not isinstance(node, fx.Node):
             return node
+        number = settled_number(value(node))
+        if number is not None:
+            return number
         if node not in self._of:
             for needed in _inputs_first(node, self._of):
                 self._of[needed] = self._build(needed)
@@ -134,6 +137,13 @@ class View:
         """Whether both nodes compute tensors of one dtype on one device, so that a conversion between them is none."""
         x, y = value(a), value(b)
         return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype == y.dtype and x.device == y.device
+
+
+def settled_number(found: Any) -> int | float | None:
+    """A symbolic number as the constant that the graph's guards fix it to, if they do."""
+    if isinstance(found, torch.SymInt):
+        return found.node.maybe_as_int()
+    return found.node.maybe_as_float() if isinstance(found, torch.SymFloat) else None
 
 
 def _inputs_first(node: fx.Node, done: dict[fx.Node, Expr]) -> list[fx.Node]:

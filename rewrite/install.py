@@ -14,9 +14,12 @@ from functools import update_wrapper
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
+from .cache import layer_number, narrow_caches, widen_caches
 from .capture import Session, dynamo_settings
+from .errors import CaptureError
 from .regions import Site
 
 
@@ -47,6 +50,37 @@ class InstalledForward:
         return _own_forward(copied) if copied is not None else self
 
 
+class InlineForward(InstalledForward):
+    """A replaced forward that is one call in any graph that Dynamo captures around it.
+
+    For Dynamo the result is like the first tensor argument; every call checks that it was.
+    """
+
+    def __init__(self, module: nn.Module, run: Callable[..., Any], original: Callable[..., Any]) -> None:
+        super().__init__(module, run, original)
+        self.keeps_type: bool | None = None
+        torch._dynamo.allow_in_graph(self)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        if isinstance(given, FakeTensor):
+            return torch.empty_like(given).requires_grad_(torch.is_grad_enabled())
+        result = self.run(*args, **kwargs)
+        like = isinstance(result, Tensor) and given is not None and _type(result) == _type(given)
+        if self.keeps_type and not like:
+            raise CaptureError(
+                f"{type(self.module).__name__} returned a tensor unlike its input, which it did not when it was captured: "
+                "call undo() and pass optimize() an example of this call"
+            )
+        if self.keeps_type is None or not like:
+            self.keeps_type = like
+        return result
+
+
+def _type(x: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, x.device
+
+
 @dataclass
 class Installation:
     """The replaced forwards of one model."""
@@ -57,17 +91,25 @@ class Installation:
     def install(self, site: Site) -> None:
         """Replace the forward of one module; what an earlier instance attribute held is kept for :meth:`remove`."""
         original = site.module.forward
-        run = self._region(site, original) if site.role == "region" else torch.compiler.disable(original)
+        run = torch.compiler.disable(original) if site.role == "opaque" else self._region(site, original)
         self.replaced[site.path] = (site.module, site.module.__dict__.get("forward"))
-        site.module.__dict__["forward"] = InstalledForward(site.module, run, original)
+        kind = InlineForward if site.role == "inline" else InstalledForward
+        site.module.__dict__["forward"] = kind(site.module, run, original)
+
+    def inline_blocks_keep_type(self) -> bool:
+        """Whether every inline block that ran returned a tensor like the one it was given."""
+        forwards = [m.__dict__.get("forward") for m, _ in self.replaced.values()]
+        return all(f.keeps_type for f in forwards if isinstance(f, InlineForward))
 
     def _region(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
         compiled = torch.compile(original, backend=self.session.compiler, dynamic=True)
-        session, path = self.session, site.path
+        session, path, layer = self.session, site.path, layer_number(site.module)
 
         def run(*args: Any, **kwargs: Any) -> Any:
+            if layer is not None:
+                kwargs = narrow_caches(kwargs, layer)
             with session.inside(path), dynamo_settings():
-                return compiled(*args, **kwargs)
+                return widen_caches(compiled(*args, **kwargs))
 
         return run
 

@@ -92,3 +92,18 @@ def as_complex(x: Any) -> Any:
 def from_complex(z: Any) -> Any:
     """In a pattern: complex numbers seen as neighbours of the last dimension."""
     return _record("from_complex", z)
+
+
+def columns(x: Any, w: Any, bias: Any) -> Any:
+    """In a pattern: x·W + b of a weight stored as (in_features, out_features)."""
+    return _record("linear_columns", x, w, bias)
+
+
+def gemm_4bit(x: Any, *storage: Any) -> Any:
+    """In a pattern: a bitsandbytes 4-bit product, with the arguments of ``bitsandbytes::gemm_4bit``."""
+    return _record("gemm_4bit", x, *storage)
+
+
+def rows(x: Any) -> Any:
+    """In a pattern: x with its leading dimensions flattened into one, or as it was."""
+    return _record("rows", x)

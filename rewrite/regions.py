@@ -1,8 +1,9 @@
 """Cuts a model into the regions that are captured: by structure, never by name.
 
 The repeated children of one class in a container are the blocks; a block is one region, and since all blocks of a class run
-one code object, they share one graph. What holds blocks runs as written, except the outermost forward (head and loss),
-which is captured around its calls into the holders.
+one code object, they share one graph. The outermost forward (head and loss) is a region too, captured around its calls into
+what holds the blocks. Where it loops over the blocks itself, they are calls in its graph; Dynamo cannot be interrupted
+inside a loop.
 """
 
 from __future__ import annotations
@@ -13,29 +14,51 @@ from typing import Literal
 
 from torch import nn
 
-Role = Literal["region", "opaque"]
+Role = Literal["region", "inline", "opaque"]
 
 
 @dataclass(frozen=True)
 class Site:
-    """One module whose forward is replaced: captured as a ``region``, or kept out of the surrounding one (``opaque``)."""
+    """One module whose forward is replaced.
+
+    ``region``: captured, and an interruption of any graph around it. ``inline``: captured, and one call in the graph around
+    it. ``opaque``: not captured, an interruption.
+    """
 
     path: str
     module: nn.Module
     role: Role
 
 
-def plan_sites(root: nn.Module, prefix: str = "") -> list[Site]:
-    """The forwards to replace, innermost first, each module once however often it is shared."""
+@dataclass(frozen=True)
+class Plan:
+    """The forwards to replace, in two steps.
+
+    ``first`` is always replaced. ``root``, then, where every inline block turns out to return a tensor like the one it was
+    given; ``instead``, where one does not.
+    """
+
+    first: list[Site]
+    root: Site | None = None
+    instead: tuple[Site, ...] = ()
+
+
+def plan_sites(root: nn.Module, prefix: str = "") -> Plan:
+    """Cut ``root``; every module is replaced once, however often it is shared."""
     blocks = find_blocks(root)
-    holders = _holders(root, blocks)
-    sites = [Site(_join(prefix, path), module, "region") for path, module in blocks.items()]
     if not blocks:
-        return [Site(prefix, root, "region")]
-    for path, holder in holders.items():
-        sites += [Site(_join(prefix, p), m, "region") for p, m in _side_modules(path, holder, blocks, holders)]
-    top = [Site(_join(prefix, p), m, "opaque") for p, m in _outermost(holders)]
-    return _once([*sites, *top, *([Site(prefix, root, "region")] if "" not in _direct(holders, blocks) else [])])
+        return Plan([Site(prefix, root, "region")])
+    holders = _holders(root, blocks)
+    direct = _direct(holders, blocks)
+    inline = {p for p in blocks if next(a for a in _ancestors(p) if a in holders) == ""}
+    sites = [Site(_join(prefix, p), m, "inline" if p in inline else "region") for p, m in blocks.items()]
+    sides = {h: [Site(_join(prefix, p), m, "region") for p, m in _side_modules(h, holders[h], blocks)] for h in holders}
+    opaque = [Site(_join(prefix, p), m, "opaque") for p, m in _outermost(holders)]
+    inner = [site for h, found in sides.items() if h for site in found]
+    top = Site(prefix, root, "region")
+    if "" not in direct:
+        return Plan(_once([*sites, *inner, *opaque, top]))
+    return Plan(_once([*sites, *inner, *opaque]), top, tuple(sides.get("", ())))
 
 
 def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
@@ -63,7 +86,7 @@ def _is_block(module: nn.Module) -> bool:
 
 def _holders(root: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Every module with a forward of its own on the way from the root to a block; the root is ``""``."""
-    paths = {"".join(p) for b in blocks for p in _ancestors(b)}
+    paths = {p for b in blocks for p in _ancestors(b)}
     return {p: root.get_submodule(p) for p in sorted(paths) if _has_forward(root.get_submodule(p))}
 
 
@@ -82,12 +105,8 @@ def _direct(holders: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> set[
     return {next(p for p in _ancestors(b) if p in holders) for b in blocks}
 
 
-def _side_modules(
-    path: str, holder: nn.Module, blocks: dict[str, nn.Module], holders: dict[str, nn.Module]
-) -> Iterator[tuple[str, nn.Module]]:
-    """The children of a holder that hold no block. Those of a captured root are captured with it."""
-    if path == "" and "" not in _direct(holders, blocks):
-        return
+def _side_modules(path: str, holder: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """The children of a holder that have parameters and hold no block."""
     for name, child in holder.named_children():
         full = _join(path, name)
         inside = any(b == full or b.startswith(full + ".") for b in blocks)

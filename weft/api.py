@@ -62,9 +62,15 @@ def optimize(
     started = time.perf_counter()
     prefix = next(path for path, module in model.named_modules() if module is root)
     try:
-        for site in plan_sites(root, prefix):
+        plan = plan_sites(root, prefix)
+        for site in plan.first:
             installation.install(site)
         _run_examples(model, examples, mode)
+        rest = [plan.root] if plan.root and installation.inline_blocks_keep_type() else plan.instead
+        for site in rest:
+            installation.install(site)
+        if rest:
+            _run_examples(model, examples, mode)
     except BaseException:
         installation.remove_all()
         raise

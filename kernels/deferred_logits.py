@@ -1,0 +1,145 @@
+"""Logits that exist when somebody reads them.
+
+A fused loss needs no logits, but models return them. ``deferred_logits(x, W, …)`` is a tensor of the right shape, dtype and
+device that computes x·Wᵀ (scaled and capped) on first use, with gradients if those were on, and is free if nobody looks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
+
+_FREE = {
+    getattr(Tensor, name).__get__
+    for name in ("shape", "dtype", "device", "layout", "ndim", "is_cuda", "is_sparse", "is_quantized", "is_meta", "is_nested")
+} | {Tensor.size, Tensor.dim, Tensor.numel, Tensor.stride, Tensor.is_floating_point, Tensor.is_complex, Tensor.element_size}
+"""What can be answered without the values."""
+
+
+class DeferredLogits(Tensor):
+    """A tensor whose values are computed when first needed."""
+
+    compute: Callable[[], Tensor]
+    values: Tensor | None
+
+    @staticmethod
+    def __new__(cls, compute: Callable[[], Tensor], like: Tensor) -> DeferredLogits:
+        made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+        made.compute, made.values = compute, None
+        return made
+
+    def materialize(self) -> Tensor:
+        """The values, computed once."""
+        if self.values is None:
+            self.values = self.compute()
+        return self.values
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in _FREE:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        dtype = _cast_target(func, args, kwargs)
+        if dtype is not None:
+            return _converted(args[0], dtype)
+        args, kwargs = tree_map(_materialized, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map(_materialized, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self.materialize().detach().__reduce_ex__(protocol)
+
+    def __deepcopy__(self, memo: Any) -> Tensor:
+        return self.materialize().__deepcopy__(memo)
+
+
+def _materialized(x: Any) -> Any:
+    return x.materialize() if isinstance(x, DeferredLogits) else x
+
+
+_CASTS = {Tensor.float: torch.float32, Tensor.half: torch.float16, Tensor.bfloat16: torch.bfloat16}
+
+
+def _cast_target(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
+    """The dtype that a mere conversion of a deferred tensor asks for."""
+    if not args or not isinstance(args[0], DeferredLogits) or args[0].values is not None or kwargs:
+        return None
+    if func in _CASTS and len(args) == 1:
+        return _CASTS[func]
+    return args[1] if func is Tensor.to and len(args) == 2 and isinstance(args[1], torch.dtype) else None
+
+
+def _converted(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits:
+    if dtype == logits.dtype:
+        return logits
+    like = torch.empty(logits.shape, dtype=dtype, device="meta")
+    return DeferredLogits(lambda: logits.materialize().to(dtype), _on(like, logits.device))
+
+
+class _Like:
+    def __init__(self, like: Tensor, device: torch.device) -> None:
+        self.shape, self.dtype, self.device = like.shape, like.dtype, device
+
+
+def _on(like: Tensor, device: torch.device) -> Any:
+    return _Like(like, device)
+
+
+def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, tracked: bool) -> Tensor:
+    with torch.set_grad_enabled(tracked):
+        logits = F.linear(x, weight, bias)
+        logits = logits * scale if scale != 1.0 else logits
+        return torch.tanh(logits / softcap) * softcap if softcap else logits
+
+
+def deferred_logits(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: float = 1.0, softcap: float = 0.0
+) -> Tensor:
+    """softcap · tanh(scale · (x Wᵀ + b) / softcap), computed when read.
+
+    Args:
+        x: (..., hidden); weight: (vocab, hidden); bias: (vocab,) or None; all kept alive until the result is read.
+        logit_scale: factor before the cap. softcap: bound of the logits; 0 for none.
+
+    Returns:
+        (..., vocab) in x's dtype, autocast's where it is on.
+    """
+    if isinstance(x, FakeTensor):
+        return _logits(x, weight, bias, logit_scale, softcap, torch.is_grad_enabled())
+    kind = x.device.type
+    dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    like = _on(torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype, device="meta"), x.device)
+    autocast = partial(torch.autocast, kind, dtype=dtype, enabled=torch.is_autocast_enabled(kind))
+    tracked = torch.is_grad_enabled()
+
+    def compute() -> Tensor:
+        with autocast():
+            return _logits(x, weight, bias, logit_scale, softcap, tracked)
+
+    return DeferredLogits(compute, like)
+
+
+def dropped_logits(x: Tensor, weight: Tensor, error: type[Exception]) -> Tensor:
+    """Logits that raise ``error`` when read."""
+    if isinstance(x, FakeTensor):
+        return F.linear(x, weight)
+
+    def explain() -> Tensor:
+        raise error(
+            "the logits of this call were dropped: the loss was computed without them, as "
+            'default_passes(logits="drop") asks; use logits="defer" (the default) to compute them when they are read'
+        )
+
+    like = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="meta")
+    return DeferredLogits(explain, _on(like, x.device))

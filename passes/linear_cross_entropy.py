@@ -1,0 +1,117 @@
+"""The last linear and the cross-entropy behind it become one operator that never holds the logits."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import fx
+
+from ..kernels.deferred_logits import deferred_logits, dropped_logits
+from ..kernels.linear_cross_entropy import linear_cross_entropy
+from ..rewrite.errors import DroppedOutputError
+from ..rewrite.graph import dtype_of, sizes
+from ..rewrite.match import Match
+from ..rewrite.pattern import rows
+from ..rewrite.report import Refusal
+from ..rewrite.rule import RewriteRule, call
+from ..rewrite.vocabulary import operation
+
+Logits = Literal["defer", "keep", "drop"]
+
+
+@dataclass(frozen=True)
+class FuseLinearCrossEntropy(RewriteRule):
+    """cross_entropy(x Wᵀ + b, t)  →  linear_cross_entropy(x, W, b, t)
+
+    ``logits`` says what becomes of logits that the model returns beside the loss: computed when they are read
+    (``"defer"``), kept, which leaves the loss as it was (``"keep"``), or replaced by an explanation (``"drop"``).
+    """
+
+    logits: Logits = "defer"
+
+    name = "linear_cross_entropy"
+    variants = {
+        "scaled": ("not", "multiplied", "divided"),
+        "capped": (False, True),
+        "shifted": (False, True),
+        "loss": ("cross_entropy", "nll"),
+    }
+
+    def pattern(
+        self, x: Any, w: Any, b: Any, t: Any, scale: Any, cap: Any, cap2: Any, index: Any, class_weight: Any,
+        ignore_index: Any, reduction: Any, smoothing: Any,
+        *, scaled: str, capped: bool, shifted: bool, loss: str,
+    ) -> Any:  # fmt: skip
+        """Logits scaled and capped or not, flattened or not, sliced by one position or not."""
+        z = F.linear(x, w, b)
+        z = z * scale if scaled == "multiplied" else z / scale if scaled == "divided" else z
+        z = torch.tanh(z / cap) * cap2 if capped else z
+        read = rows(z[index] if shifted else z)
+        if loss == "nll":
+            return F.nll_loss(F.log_softmax(read, -1), t, class_weight, None, ignore_index, None, reduction), z
+        return F.cross_entropy(read, t, class_weight, None, ignore_index, None, reduction, smoothing), z
+
+    def check(self, m: Match) -> Refusal | None:
+        """Class indices as labels, constant options, and nobody who reads the logits but the caller."""
+        labels = m.t.meta.get("val") if isinstance(m.t, fx.Node) else None
+        if labels is None or labels.is_floating_point() or m.class_weight is not None:
+            return self.refuse(m, "the labels are probabilities, or classes are weighted")
+        constants = (m.scale, m.cap, m.cap2, m.ignore_index, m.smoothing)
+        if any(isinstance(c, fx.Node) for c in constants) or m.reduction not in ("mean", "sum", "none"):
+            return self.refuse(m, "an option of the loss is computed by the graph, not a constant")
+        if m.cap != m.cap2:
+            return self.refuse(m, f"the logits are divided by {m.cap} and multiplied by {m.cap2}")
+        if m.shifted and not _keeps_features(m.index):
+            return self.refuse(m, f"the logits are indexed with {m.index}")
+        readers = _other_readers(m)
+        if any(n.op != "output" for n in readers):
+            return self.refuse(m, f"the logits are also read by {next(n.name for n in readers if n.op != 'output')}")
+        if readers and self.logits == "keep":
+            return self.refuse(m, 'the model returns the logits, and default_passes(logits="keep") keeps them')
+        return None
+
+    def rewrite(
+        self, m: Match, x: Any, w: Any, b: Any, t: Any, ignore_index: Any, reduction: Any, smoothing: Any, **_: Any
+    ) -> Any:
+        """The fused loss, and logits that are computed when they are read."""
+        scale = 1.0 if m.scale is None else float(m.scale) if m.scaled == "multiplied" else 1.0 / float(m.scale)
+        read = x[m.index] if m.shifted else x
+        loss = call(
+            linear_cross_entropy, read.reshape(-1, sizes(m.x)[-1]), w, b, t, ignore_index=ignore_index,
+            label_smoothing=float(smoothing or 0.0), softcap=float(m.cap or 0.0), logit_scale=scale, reduction=reduction,
+        )  # fmt: skip
+        if dtype_of(m.root) != torch.float32:
+            loss = loss.to(dtype_of(m.root))
+        if self.logits == "drop":
+            return loss, call(dropped_logits, x, w, DroppedOutputError)
+        return loss, call(deferred_logits, x, w, b, logit_scale=scale, softcap=float(m.cap or 0.0))
+
+
+def _keeps_features(index: Any) -> bool:
+    """Whether indexing with ``index`` leaves the last dimension whole."""
+    items = index if isinstance(index, tuple) else (index,)
+    plain = all(isinstance(i, slice) or i is Ellipsis for i in items)
+    return plain and (items[-1] == slice(None) or len(items) < 3 and items[-1] is not Ellipsis and Ellipsis not in items)
+
+
+def _other_readers(m: Match) -> list[fx.Node]:
+    """Whoever reads the logits on any step of their way to the loss, the casts for the caller looked through."""
+    inside = set(m.nodes) | set(m.outputs)
+    pending = [u for n in m.nodes if n is not m.root and _is_logits(n, m) for u in n.users if u not in inside]
+    readers = []
+    while pending:
+        user = pending.pop()
+        if user.op in ("call_function", "call_method") and operation(user) == "cast":
+            pending.extend(user.users)
+        else:
+            readers.append(user)
+    return readers
+
+
+def _is_logits(node: fx.Node, m: Match) -> bool:
+    """Whether ``node`` holds a value for every class."""
+    shape = sizes(node)
+    return bool(shape) and shape[-1] == sizes(m.w)[0] and node not in m.inputs()
