@@ -22,7 +22,7 @@ float16's range before a loss scale can reach it.
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +30,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .cross_entropy_rows import RowLoss, check_labels, rows_torch, rows_triton
 from .dispatch import compute_dtype, use_triton
 
 Reduction = Literal["mean", "sum", "none"]
@@ -37,19 +38,8 @@ Gradients = tuple[Tensor, Tensor, Tensor]
 
 CHUNK_BYTES = 2**28
 """What the logits of one chunk may take; twice that where each chunk also reads and writes the whole sum of dW."""
-MAX_BLOCK = 8192
-"""Most columns that a program of the row kernel holds at a time."""
 _FP16_HEADROOM = 256.0
 """float16 gradients are kept this much larger: |g| stays within 2⁹, and probabilities from 2e-7 up are normal."""
-
-
-class _Loss(NamedTuple):
-    """The part of the loss that looks at one row of logits."""
-
-    ignore_index: int
-    label_smoothing: float
-    softcap: float
-    logit_scale: float
 
 
 def reference(
@@ -81,135 +71,10 @@ def reference(
 
 
 @triton.jit
-def _cap(u, softcap):
-    a = u / softcap
-    # (1 - e) / (1 + e) cancels near zero, where the odd series is exact to float32.
-    s = a * a
-    near = a * (1.0 + s * (-0.33333334 + s * (0.13333334 + s * (-0.053968254 + s * 0.021869488))))
-    e = tl.exp(-2.0 * tl.abs(a))
-    far = (1.0 - e) / (1.0 + e)
-    return softcap * tl.where(tl.abs(a) < 0.3, near, tl.where(a < 0, -far, far))
-
-
-@triton.jit
-def _row_kernel(
-    logits,
-    stride,
-    target,
-    seed,
-    seed_stride,
-    losses,
-    vocab,
-    ignore_index,
-    smoothing,
-    softcap,
-    logit_scale,
-    CAPPED: tl.constexpr,
-    SMOOTHED: tl.constexpr,
-    GRADIENT: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """One row a program: its loss, then ``g`` in place of its logits. ``stride`` is the width, padded to sixteens."""
-    row = tl.program_id(0).to(tl.int64)
-    logits += row * stride
-    label = tl.load(target + row)
-    live = label != ignore_index
-    inside = (label >= 0) & (label < vocab)
-    z_label = tl.load(logits + label, mask=live & inside, other=float("nan")).to(tl.float32) * logit_scale
-    if CAPPED:
-        z_label = _cap(z_label, softcap)
-    # Sums and differences are taken relative to z_label and to the maximum: logits of 1e4 keep their differences.
-    shift = tl.where(tl.abs(z_label) < float("inf"), z_label, 0.0)
-    top = tl.full([], float("-inf"), tl.float32)
-    base = tl.full([], 0.0, tl.float32)
-    mass = tl.full([BLOCK], 0.0, tl.float32)
-    shifted = tl.full([BLOCK], 0.0, tl.float32)
-    for start in range(0, tl.where(live, vocab, 0), BLOCK):
-        cols = start + tl.arange(0, BLOCK)
-        # The mask is the padded width, because a limit that 16 does not divide would make every access scalar.
-        raw = tl.load(logits + cols, mask=cols < stride, other=0.0)
-        z = raw.to(tl.float32) * logit_scale
-        if CAPPED:
-            z = _cap(z, softcap)
-        z = tl.where(cols < vocab, z, float("-inf"))
-        new_top = tl.maximum(top, tl.max(z, axis=0))
-        base = tl.where(new_top == float("-inf"), 0.0, new_top)
-        mass = mass * tl.exp(top - base) + tl.exp(z - base)
-        if SMOOTHED:
-            shifted += tl.where(cols < vocab, z - shift, 0.0)
-        top = new_top
-    total = tl.where(live, tl.sum(mass, axis=0), 1.0)
-    advantage = z_label - top
-    if SMOOTHED:
-        mean = tl.sum(shifted, axis=0) / vocab + (shift - top)
-        advantage = (1.0 - smoothing) * advantage + smoothing * mean
-    tl.store(losses + row, tl.where(live, tl.log(total) - advantage, 0.0))
-    if GRADIENT:
-        scale = tl.where(inside, tl.load(seed + row * seed_stride).to(tl.float32), float("nan"))
-        inverse = 1.0 / total
-        width = tl.where(live, stride, 0)
-        for start in range(0, vocab, BLOCK):
-            cols = start + tl.arange(0, BLOCK)
-            raw = tl.load(logits + cols, mask=cols < width, other=0.0)
-            z = raw.to(tl.float32) * logit_scale
-            slope = logit_scale
-            if CAPPED:
-                z = _cap(z, softcap)
-                slope = logit_scale * (1.0 - (z / softcap) * (z / softcap))
-            g = tl.where(cols < vocab, tl.exp(z - base) * inverse, 0.0)
-            if SMOOTHED:
-                g -= smoothing / vocab
-            g = tl.where(cols == label, g - (1.0 - smoothing), g) * (scale * slope)
-            g = tl.where(live, g, 0.0)
-            tl.store(logits + cols, g.to(logits.dtype.element_ty), mask=cols < stride)
-
-
-@triton.jit
 def _scale_kernel(values, factor, out, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     scaled = tl.load(values + at, mask=at < count, other=0.0).to(tl.float32) * tl.load(factor)
     tl.store(out + at, scaled.to(out.dtype.element_ty), mask=at < count)
-
-
-def _rows_triton(logits: Tensor, target: Tensor, seed: Tensor, losses: Tensor, loss: _Loss, gradient: bool) -> Tensor:
-    """Write the rows' losses; with ``gradient``, turn ``logits`` into ``g``, and return it."""
-    (rows, vocab), block = logits.shape, min(MAX_BLOCK, triton.next_power_of_2(logits.shape[1]))
-    variant: dict[str, Any] = {"CAPPED": loss.softcap != 0, "SMOOTHED": loss.label_smoothing != 0, "GRADIENT": gradient}
-    variant |= {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
-    arguments = (logits, logits.stride(0), target, seed, seed.stride(0), losses, vocab, *loss)
-    launch: Any = _row_kernel[(rows,)]
-    launch(*arguments, **variant)
-    return logits
-
-
-def _rows_torch(logits: Tensor, target: Tensor, seed: Tensor, losses: Tensor, loss: _Loss, gradient: bool) -> Tensor:
-    """What :func:`_rows_triton` does, in torch; overwrites ``logits`` too."""
-    z = logits.to(losses.dtype)
-    if loss.logit_scale != 1:
-        z.mul_(loss.logit_scale)
-    slope = None
-    if loss.softcap:
-        z.div_(loss.softcap).tanh_()
-        slope = torch.addcmul(z.new_ones(()), z, z, value=-1) if gradient else None
-        z.mul_(loss.softcap)
-    smoothing, ignored = loss.label_smoothing, target == loss.ignore_index
-    label = target.masked_fill(ignored, 0).unsqueeze(1)
-    p = torch.log_softmax(z, 1)
-    advantage = p.gather(1, label).squeeze(1)
-    if smoothing:
-        advantage.mul_(1 - smoothing).add_(p.mean(1), alpha=smoothing)
-    torch.neg(advantage.masked_fill_(ignored, 0), out=losses)
-    if not gradient:
-        return logits
-    g = p.exp_()
-    if smoothing:
-        g.sub_(smoothing / g.shape[1])
-    g.scatter_add_(1, label, g.new_full((), smoothing - 1).expand_as(label))
-    g.mul_((seed * loss.logit_scale).unsqueeze(1))
-    if slope is not None:
-        g.mul_(slope)
-    g.index_fill_(0, ignored.nonzero().squeeze(1), 0)
-    return g if g.dtype == logits.dtype else logits.copy_(g)
 
 
 def _chunk_tokens(weight: Tensor, rows: int, dtype: torch.dtype, sums_weight: bool) -> int:
@@ -247,7 +112,7 @@ def _sweep(
     bias: Tensor | None,
     target: Tensor,
     seed: Tensor,
-    loss: _Loss,
+    loss: RowLoss,
     chunk_tokens: int | None,
     logits_dtype: torch.dtype | None,
     needs: list[bool],
@@ -262,7 +127,7 @@ def _sweep(
     chunk = min(chunk_tokens or _chunk_tokens(weight, rows, dtype, needs[1]), rows)
     kernel = use_triton(x) and wide == torch.float32
     if not x.is_cuda:
-        _check_labels(target, vocab, loss.ignore_index)
+        check_labels(target, vocab, loss.ignore_index)
     losses = x.new_empty(rows, dtype=wide)
     padded = x.new_empty(chunk, triton.cdiv(vocab, 16) * 16 if kernel else vocab, dtype=dtype)
     logits = padded[:, :vocab]
@@ -275,7 +140,7 @@ def _sweep(
         part = slice(start, min(start + chunk, rows))
         tokens, block = x[part], logits[: part.stop - start]
         _project(tokens, weight, bias, block)
-        row_pass = _rows_triton if kernel else _rows_torch
+        row_pass = rows_triton if kernel else rows_torch
         g = row_pass(block, target[part], seed[part], losses[part], loss, any(needs)).to(x.dtype)
         if needs[0]:
             torch.mm(g, weight, out=dx[part])
@@ -284,13 +149,6 @@ def _sweep(
         if needs[2]:
             db += g.sum(0, dtype=wide)
     return losses, (dx, dw if rows else dw.zero_(), db)
-
-
-def _check_labels(target: Tensor, vocab: int, ignore_index: int) -> None:
-    """Raise what ``F.cross_entropy`` raises on the CPU."""
-    wrong = target[((target < 0) | (target >= vocab)) & (target != ignore_index)]
-    if wrong.numel():
-        raise IndexError(f"Target {int(wrong[0])} is out of bounds.")
 
 
 def _kept_dtype(parameter: Tensor) -> torch.dtype:
@@ -323,7 +181,7 @@ def _op(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Loss, the unit of the gradients, and the gradients in that unit (empty where ``needs`` says no)."""
-    loss = _Loss(ignore_index, label_smoothing, softcap, logit_scale)
+    loss = RowLoss(ignore_index, label_smoothing, softcap, logit_scale)
     flat, labels, wide = x.reshape(-1, x.shape[-1]), target.reshape(-1).contiguous(), compute_dtype(x)
     with torch.autocast(x.device.type, enabled=False):
         if denominator is not None:
@@ -367,7 +225,7 @@ def _backward_op(
     needs: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x, weight and bias for the gradients of single tokens' losses, from logits taken anew."""
-    loss = _Loss(ignore_index, label_smoothing, softcap, logit_scale)
+    loss = RowLoss(ignore_index, label_smoothing, softcap, logit_scale)
     flat, labels, seed = x.reshape(-1, x.shape[-1]), target.reshape(-1).contiguous(), grad.reshape(-1)
     with torch.autocast(x.device.type, enabled=False):
         _, (dx, dw, db) = _sweep(flat, weight, bias, labels, seed, loss, chunk_tokens, logits_dtype, needs)
@@ -389,7 +247,7 @@ def _scale_op(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``values · factor`` in ``dtype``, rounded once; torch would first round ``factor`` to the dtype of ``values``."""
     if not use_triton(values) or values.dtype == torch.float64:
         return (values * factor).to(dtype)
-    out = torch.empty_like(values, dtype=dtype)
+    values, out = values.contiguous(), values.new_empty(values.shape, dtype=dtype)
     if values.numel():
         launch: Any = _scale_kernel[(triton.cdiv(values.numel(), 4096),)]
         launch(values, factor, out, values.numel(), BLOCK=4096)
@@ -398,7 +256,7 @@ def _scale_op(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
 
 @_scale_op.register_fake
 def _(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    return torch.empty_like(values, dtype=dtype)
+    return values.new_empty(values.shape, dtype=dtype)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -515,6 +373,8 @@ def linear_cross_entropy(
     dtype = _under_autocast(x)
     if dtype != x.dtype and x.dtype != torch.float64:
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    if logits_dtype not in (None, x.dtype, compute_dtype(x)):
+        raise ValueError(f"logits of {x.dtype} products can be {x.dtype} or {compute_dtype(x)}, not {logits_dtype}")
     if denominator is not None and not isinstance(denominator, Tensor):
         denominator = x.new_full((), denominator, dtype=compute_dtype(x))
     recording = torch.is_grad_enabled()

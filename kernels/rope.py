@@ -261,9 +261,11 @@ def _rope_backward_fake(
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     xs, cos, sin, ctx.rotary_dim, ctx.interleaved, _ = inputs
+    learns = cos.requires_grad or sin.requires_grad
     ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(*(y for x, y in zip(xs, output, strict=True) if not (learns or x.requires_grad)))
     ctx.dtype, ctx.strides = xs[0].dtype, [y.stride() for y in output]
-    ctx.save_for_backward(cos, sin, *(xs if cos.requires_grad or sin.requires_grad else ()))
+    ctx.save_for_backward(cos, sin, *(xs if learns else ()))
 
 
 def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
@@ -278,7 +280,7 @@ def _gradients(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         for i, dx in zip(live, found, strict=True):
             dxs[i] = dx
     dcos = dsin = None
-    if needs_cos or needs_sin:
+    if (needs_cos or needs_sin) and any(g is not None for g in grads):
         dcos, dsin = _table_gradients(xs, grads, cos, ctx.rotary_dim, ctx.interleaved)
     return dxs, dcos if needs_cos else None, dsin if needs_sin else None, None, None, None
 

@@ -8,6 +8,7 @@ from .gated_mlp import FuseGatedMlp
 from .layer_norm import FuseLayerNorm
 from .linear_cross_entropy import FuseLinearCrossEntropy, Logits
 from .lora_linear import FuseLoraLinear
+from .parallel_linears import FuseParallelLinears
 from .quant_linear import FuseQuantLinear
 from .residual_norm import FuseResidualNorm
 from .rms_norm import FuseRmsNorm
@@ -28,6 +29,7 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer") -> tuple[Pa
         Rules("rope", (FuseRope(), FusePartialRope(), PairRope())),
         Rules("lora_linear", (FuseLoraLinear(),)),
         Rules("quant_linear", (FuseQuantLinear(),)),
+        Rules("parallel_linears", (FuseParallelLinears(),)),
         Rules("gated_mlp", (FuseGatedMlp(),)),
         Rules("linear_cross_entropy", (FuseLinearCrossEntropy(logits),)),
     )

@@ -56,35 +56,38 @@ class Outcome:
 
 def apply_rule(module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None) -> Outcome:
     """Rewrite ``module.graph`` with ``rule`` to a fixed point, from outputs to inputs."""
-    outcome, refused = Outcome(), set[tuple[str, Any]]()
+    outcome, refused = Outcome(), set[Any]()
     while _sweep(module, rule, verifier, outcome, refused):
         pass
     return outcome
 
 
 def _sweep(module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None, outcome: Outcome, refused: set[Any]) -> bool:
-    view, contexts = View(), g.context_of(module.graph)
+    """One walk over the graph; whether it changed anything."""
+    view, contexts, changed = View(), g.context_of(module.graph), False
     for node in reversed(list(module.graph.nodes)):
-        miss, length = Miss(), 0
-        for match in _matches(rule, view, node, miss):
-            length = match.pattern.size
-            refusal = _illegal(rule, match, contexts) or rule.check(match)
-            if refusal is None:
-                refusal = _replace(module, rule, match, verifier, outcome)
-                if refusal is None:
-                    return True
-            if (rule.name, node.name) not in refused:
-                refused.add((rule.name, node.name))
-                outcome.refusals.append(refusal)
-            break
-        if not length and miss.node is not None:
+        if node._erased:
+            continue
+        miss = Miss()
+        match = next(_matches(rule, view, node, miss), None)
+        if match is None:
             _note_miss(rule, node, miss, outcome, refused)
-    return False
+            continue
+        refusal = _illegal(rule, match, contexts) or rule.check(match)
+        if refusal is None:
+            refusal = _replace(module, rule, match, verifier, outcome)
+        if refusal is None:
+            view, contexts, changed = View(), g.context_of(module.graph), True
+        elif node.name not in refused:
+            refused.add(node.name)
+            outcome.refusals.append(refusal)
+    return changed
 
 
 def _note_miss(rule: RewriteRule, node: fx.Node, miss: Miss, outcome: Outcome, refused: set[Any]) -> None:
+    if miss.node is None:
+        return
     size = max(p.size for p in rule.patterns)
-    assert miss.node is not None
     key = ("miss", rule.name, g.module_path(node))
     if 2 * miss.progress > size and key not in refused:
         refused.add(key)

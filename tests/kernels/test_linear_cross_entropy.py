@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+from weft.kernels import cross_entropy_rows as rows
 from weft.kernels import linear_cross_entropy as module
 from weft.kernels.dispatch import Backend, backend
 from weft.kernels.linear_cross_entropy import linear_cross_entropy, reference
@@ -133,7 +135,7 @@ def test_is_as_accurate_as_eager(implementation: Backend, dtype: torch.dtype) ->
     @given(cases(dtype))
     def check(case: tuple[dict[str, Any], int]) -> None:
         inputs, block = case
-        with backend(implementation), patch.object(module, "MAX_BLOCK", block):
+        with backend(implementation), patch.object(rows, "MAX_BLOCK", block):
             assert_as_accurate_as_eager(inputs)
 
     check()
@@ -193,7 +195,7 @@ def test_nan_and_infinity_propagate_as_in_eager(
     implementation: Backend, smoothing: float, softcap: float, value: float
 ) -> None:
     poisoned = {"label_smoothing": smoothing, "softcap": softcap, "reduction": "none", "chunk_tokens": 2}
-    with backend(implementation), patch.object(module, "MAX_BLOCK", 16):
+    with backend(implementation), patch.object(rows, "MAX_BLOCK", 16):
         in_bias = tensors((5,), ignored=0.0, seed=3) | poisoned
         in_bias["bias"].data[[0, 20, 40]] = value
         in_bias["target"][2] = 20
@@ -247,19 +249,19 @@ def test_label_out_of_range_raises_as_in_eager(implementation: Backend, label: i
 def test_kernel_gives_nan_for_a_label_out_of_range(label: int) -> None:
     logits, losses = torch.randn(3, 48, device=DEVICE), torch.empty(3, device=DEVICE)
     target, seed = torch.tensor([0, label, 40], device=DEVICE), torch.ones(3, device=DEVICE)
-    g = module._rows_triton(logits[:, :41], target, seed, losses, module._Loss(-100, 0.1, 0.0, 1.0), True)
+    g = rows.rows_triton(logits[:, :41], target, seed, losses, rows.RowLoss(-100, 0.1, 0.0, 1.0), True)
     assert losses.isnan().tolist() == [False, True, False]
     assert g.isnan().all(1).tolist() == g.isnan().any(1).tolist() == [False, True, False]
 
 
-@pytest.mark.parametrize("rows", [module._rows_torch, module._rows_triton])
+@pytest.mark.parametrize("row_pass", [rows.rows_torch, rows.rows_triton])
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_large_logits_keep_their_differences(rows: Callable[..., Tensor], smoothing: float) -> None:
+def test_large_logits_keep_their_differences(row_pass: Callable[..., Tensor], smoothing: float) -> None:
     generator = torch.Generator().manual_seed(0)
     logits = (torch.randn(4, 64, generator=generator) * 2 + 1e4).to(DEVICE)
     target, losses = torch.arange(4, device=DEVICE), torch.empty(4, device=DEVICE)
     truth = F.cross_entropy(logits.double(), target, reduction="none", label_smoothing=smoothing)
-    rows(logits, target, torch.ones(4, device=DEVICE), losses, module._Loss(-100, smoothing, 0.0, 1.0), False)
+    row_pass(logits, target, torch.ones(4, device=DEVICE), losses, rows.RowLoss(-100, smoothing, 0.0, 1.0), False)
     torch.testing.assert_close(losses.double(), truth, rtol=1e-6, atol=1e-6)
 
 
@@ -391,6 +393,7 @@ def test_backward_repeats_and_double_backward_raises(implementation: Backend, re
         ({"chunk_tokens": 0}, ValueError),
         ({"reduction": "none", "denominator": 2.0}, ValueError),
         ({"denominator": torch.ones(2)}, ValueError),
+        ({"logits_dtype": torch.bfloat16}, ValueError),
     ],
 )
 def test_arguments_that_do_not_fit_raise(change: dict[str, Any], error: type[Exception]) -> None:
