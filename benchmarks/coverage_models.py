@@ -95,6 +95,10 @@ SIZES: tuple[tuple[str, int], ...] = (
 """Field name → size. What must divide what: 4 heads of 16 make a hidden size of 64."""
 
 
+RANDOM = r"drop|jitter|mask_(time|feature)_prob"
+"""Fields that make a training step random; they are set to 0."""
+
+
 def types(kinds: Mapping[str, str] = MAPPINGS) -> list[tuple[str, str, str]]:
     """(kind, type, class name) of everything the installed transformers lists, each class of a type once."""
     found: dict[tuple[str, str], str] = {}
@@ -171,6 +175,8 @@ def _kept_layers(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> list
 def _resize(config: PreTrainedConfig, name: str, value: Any, tokens: dict[int, int]) -> Any:
     if isinstance(value, list | tuple) and re.search(r"(image|patch|crop)_size$", name):
         return type(value)(_resize(config, name, v, tokens) for v in value)
+    if isinstance(value, float) and re.search(RANDOM, name):
+        return 0.0
     if isinstance(value, bool) or not isinstance(value, int):
         return value
     if re.search(r"token_(id|index)$|_id$", name):

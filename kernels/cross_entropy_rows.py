@@ -100,6 +100,7 @@ def _row_kernel(
         scale = tl.where(inside, tl.load(seed + row * seed_stride).to(tl.float32), float("nan"))
         inverse = 1.0 / total
         width = tl.where(live, stride, 0)
+        column = label.to(tl.int32)
         for start in range(0, vocab, BLOCK):
             cols = start + tl.arange(0, BLOCK)
             raw = tl.load(logits + cols, mask=cols < width, other=0.0)
@@ -111,7 +112,7 @@ def _row_kernel(
             g = tl.where(cols < vocab, tl.exp(z - base) * inverse, 0.0)
             if SMOOTHED:
                 g -= smoothing / vocab
-            g = tl.where(cols == label, g - (1.0 - smoothing), g) * (scale * slope)
+            g = tl.where(cols == column, g - (1.0 - smoothing), g) * (scale * slope)
             g = tl.where(live, g, 0.0)
             tl.store(logits + cols, g.to(logits.dtype.element_ty), mask=cols < stride)
 

@@ -191,7 +191,6 @@ def lora_linear(
     """
     dtype = autocast_dtype(x)
     if dtype is not None:
-        x, bias, x_adapter = (None if v is None else v.to(dtype) for v in (x, bias, x_adapter))
-        weight = cast_dense(weight, layout, dtype)
-        adapter_dtype = dtype
+        adapter_dtype, x, weight = dtype, x.to(dtype), cast_dense(weight, layout, dtype)
+        bias, x_adapter = (None if v is None else v.to(dtype) for v in (bias, x_adapter))
     return _lora_linear(x, weight, layout, bias, a, b, scale, x_adapter, adapter_dtype or x.dtype)[0]

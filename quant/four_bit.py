@@ -40,25 +40,9 @@ NF4 = (
 )
 """Quantiles of a standard normal distribution, scaled to [-1, 1]; code 7 is an exact zero."""
 
-FP4 = (
-    0.0,
-    1 / 192,
-    2 / 3,
-    1.0,
-    1 / 3,
-    1 / 2,
-    1 / 6,
-    1 / 4,
-    0.0,
-    -1 / 192,
-    -2 / 3,
-    -1.0,
-    -1 / 3,
-    -1 / 2,
-    -1 / 6,
-    -1 / 4,
-)
-"""Sign, two exponent bits and one mantissa bit, divided by the largest, 12."""
+_FP4_POSITIVE = (0.0, 1 / 192, 2 / 3, 1.0, 1 / 3, 1 / 2, 1 / 6, 1 / 4)
+FP4 = (*_FP4_POSITIVE, *(0.0 - value for value in _FP4_POSITIVE))
+"""Sign, two exponent bits and one mantissa bit, divided by the largest, 12; both zeros are positive."""
 
 
 @cache

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import dtype_of, sizes, value
-from .vocabulary import SIGNATURES, bind, operation
+from .graph import dtype_of, is_random, sizes, value
+from .vocabulary import SIGNATURES, bind, is_in_place, operation
 
 
 @dataclass(eq=False)
@@ -70,6 +70,8 @@ class View:
     pattern: bool = False
     _interned: dict[Any, Expr] = field(default_factory=dict)
     _of: dict[fx.Node, Expr] = field(default_factory=dict)
+    _epochs: dict[fx.Node, int] = field(default_factory=dict)
+    _epoch: int = 0
 
     def of(self, node: Any) -> Any:
         """The expression of a graph node; constants, and containers of both, map to themselves."""
@@ -83,7 +85,10 @@ class View:
         if number is not None:
             return number
         if node not in self._of:
+            if node not in self._epochs:
+                self._epochs = _write_epochs(node.graph)
             for needed in _inputs_first(node, self._of):
+                self._epoch = self._epochs.get(needed, 0)
                 self._of[needed] = self._build(needed)
         return self._of[node]
 
@@ -100,7 +105,7 @@ class View:
 
     def intern(self, op: str, args: tuple[Any, ...], node: fx.Node | None = None) -> Expr:
         """The one expression ``op(*args)``, unsimplified."""
-        found = self._interned.setdefault((op, _key(args)), Expr(op, args, node))
+        found = self._interned.setdefault((op, _key(args), self._epoch), Expr(op, args, node))
         if found.node is None:
             found.node = node
         return found
@@ -110,7 +115,7 @@ class View:
         return self.intern("?", (node.name,)) if self.pattern else self.intern("leaf", (node.name,), node)
 
     def _build(self, node: fx.Node) -> Expr:
-        if node.op not in ("call_function", "call_method"):
+        if node.op not in ("call_function", "call_method") or is_random(node):
             return self.leaf(node)
         name = operation(node)
         if name == "cast":
@@ -158,6 +163,15 @@ def _inputs_first(node: fx.Node, done: dict[fx.Node, Expr]) -> list[fx.Node]:
             pending.append((current, True))
             pending.extend((n, False) for n in current.all_input_nodes)
     return order
+
+
+def _write_epochs(graph: fx.Graph) -> dict[fx.Node, int]:
+    """For each node, the number of in-place operations before it: what reads memory is equal only within one epoch."""
+    epochs, count = dict[fx.Node, int](), 0
+    for node in graph.nodes:
+        count += is_in_place(node)
+        epochs[node] = count
+    return epochs
 
 
 def widens(expr: Expr) -> bool:

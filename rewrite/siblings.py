@@ -112,8 +112,8 @@ def _move_readers(graph: fx.Graph, nodes: list[fx.Node]) -> str | None:
             moved.append(node)
     if any(i in dependent for i in last.all_input_nodes):
         return "one of them reads another's result"
-    if moved and any(not g.is_pure(n) for n in between):
-        return "an operation with side effects stands between them"
+    if moved and any(g.is_in_place(n) or g.is_context(n) for n in between):
+        return "between them a value is overwritten in place, or gradient or autocast mode changes"
     point = last
     for node in moved:
         point.append(node)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils._pytree import tree_map
 
 from . import graph as g
 from .driver import Change
@@ -182,33 +182,40 @@ _DOUBLE_METHODS = {"float": "double", "half": "double", "bfloat16": "double"}
 
 
 class _Float64(fx.Interpreter):
-    """Runs a graph with every floating-point conversion turned into one to float64.
-
-    Operators of quantized storage know no float64: they run as they are, on float32, and their results are upcast.
-    """
+    """Runs a graph with every floating-point conversion turned into one to float64."""
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        if _is_opaque(target):
-            lower = lambda t: t.float() if isinstance(t, Tensor) and t.dtype == torch.float64 else t  # noqa: E731
-            args, kwargs = torch.utils._pytree.tree_map(lower, (args, kwargs))
-            return torch.utils._pytree.tree_map(lambda t: t.double() if _is_float(t) else t, target(*args, **kwargs))
-        args, kwargs = torch.utils._pytree.tree_map(_widen_dtype, (args, kwargs))
+        """As captured, but for what knows no float64: products with packed weights, and autograd functions around them."""
+        name = target_name(target)
+        if name == "autograd_function_apply":
+            return _Float64(args[0]).run(*args[2:])[0]
+        if name == "_set_grad_enabled":  # inside an autograd function, whose gradient is here that of its forward
+            return None
+        if name == "gemm_4bit":
+            return _product_4bit(*args, **kwargs)
+        args, kwargs = tree_map(_widen_dtype, (args, kwargs))
         return super().call_function(target, args, kwargs)
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        args, kwargs = torch.utils._pytree.tree_map(_widen_dtype, (args, kwargs))
+        """Methods that convert to a narrower type convert to float64."""
+        args, kwargs = tree_map(_widen_dtype, (args, kwargs))
         return super().call_method(_DOUBLE_METHODS.get(target, target), args, kwargs)
+
+
+def _product_4bit(
+    x: Tensor, packed: Tensor, shape: Any, absmax: Tensor, block_size: int, quant_type: str, bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None, absmax_code: Tensor | None = None, absmax_offset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x · dequantize(W)ᵀ + b in float64; the storage is exact in float32."""
+    ops = torch.ops.bitsandbytes
+    absmax = absmax.float()
+    if absmax_8bit is not None:
+        assert absmax_code is not None and absmax_offset is not None
+        nested = ops.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code.float(), 256, torch.float32)
+        absmax = nested + absmax_offset.float()
+    weight = ops.dequantize_4bit.default(packed, absmax, block_size, quant_type, tuple(shape), torch.float32)
+    return torch.nn.functional.linear(x, weight.double(), bias)
 
 
 def _widen_dtype(x: Any) -> Any:
     return _NARROW.get(x, x) if isinstance(x, torch.dtype) else x
-
-
-def _is_float(x: Any) -> bool:
-    return isinstance(x, Tensor) and x.is_floating_point() and not isinstance(x, FakeTensor)
-
-
-def _is_opaque(target: Any) -> bool:
-    if isinstance(target, torch._ops.HigherOrderOperator):
-        return True
-    return isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket) and "bitsandbytes" in str(target)

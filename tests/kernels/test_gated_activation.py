@@ -31,7 +31,7 @@ LAYOUTS = ("contiguous", "half", "transposed", "stepped", "expanded")
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
-many = settings(max_examples=40, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 def normal(

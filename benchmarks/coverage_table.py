@@ -1,0 +1,95 @@
+"""``docs/coverage.md``, made from the results of the sweep."""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+RULES = (
+    "rms_norm", "layer_norm", "residual_norm", "rope", "gated_mlp", "lora_linear", "parallel_linears", "linear_cross_entropy",
+)  # fmt: skip
+
+Row = dict[str, Any]
+
+
+def write_table(rows: list[Row], path: Path) -> None:
+    """Write the page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(sorted(rows, key=lambda r: (r["kind"], r["type"]))))
+
+
+def page(rows: list[Row]) -> str:
+    """Summary, table, and what is excluded."""
+    ran = [r for r in rows if r["outcome"] != "excluded"]
+    excluded = [r for r in rows if r["outcome"] == "excluded"]
+    return "\n".join([*_summary(rows, ran), "", *_table(ran), "", *_reasons(ran), "", *_excluded(excluded), ""])
+
+
+def _summary(rows: list[Row], ran: list[Row]) -> list[str]:
+    count = {o: sum(r["outcome"] == o for r in ran) for o in ("equal", "wrong", "refused", "error")}
+    decoders = [r for r in ran if r["kind"] == "decoder" and has_both(r)]
+    whole = sum(is_whole(r) for r in decoders)
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    return [
+        "# Coverage",
+        "",
+        "Made by `python -m benchmarks.coverage`: a tiny, randomly initialized model of every type that the installed",
+        "transformers lists, with LoRA (rank 4, B not zero) on every linear and trainable norms, in float32 on a CPU. The plain",
+        "model and `weft.optimize(model, mode=\"train\")` are compared on inputs of other sizes than those of the capture.",
+        "Equal: largest difference over largest entry ≤ 1e-4 for logits and loss, ≤ 1e-3 for every gradient, and after",
+        "`undo` everything bit for bit as before.",
+        "",
+        f"- versions: {versions}",
+        f"- types: {len(rows)}, of which {len(ran)} run by themselves",
+        f"- equal: **{count['equal']} of {len(ran)} ({share(count['equal'], len(ran))})**; wrong: **{count['wrong']}**; "
+        f"refused: {count['refused']}; errors: {count['error']}",
+        f"- decoder LMs with all norms and all LoRA linears rewritten: **{whole} of {len(decoders)} ({share(whole, len(decoders))})**",
+    ]
+
+
+def has_both(row: Row) -> bool:
+    """Whether norms and LoRA linears ran, as the goal for decoder LMs asks."""
+    return row["outcome"] != "refused" and bool(row.get("norms") and row["norms"][1] and row["adapters"][1])
+
+
+def is_whole(row: Row) -> bool:
+    """Whether all norms and all LoRA linears were rewritten."""
+    return row["norms"][0] == row["norms"][1] and row["adapters"][0] == row["adapters"][1]
+
+
+def share(part: int, whole: int) -> str:
+    """A percentage."""
+    return f"{100 * part / max(1, whole):.1f} %"
+
+
+def _table(rows: list[Row]) -> list[str]:
+    names = ("kind", "type", "outcome", "logits", "loss", "gradient", "norms", "LoRA", *RULES)
+    head = ["rewrites / refusals per rule; norms and LoRA: rewritten / run", "", _cells(names), _cells(["---"] * len(names))]
+    return head + [_cells(_row(r)) for r in rows]
+
+
+def _row(row: Row) -> list[str]:
+    errors = [f"{row[k]:.0e}" if row.get(k) is not None else "" for k in ("logits", "loss", "gradient")]
+    parts = ["/".join(map(str, row[k])) if row.get(k) else "" for k in ("norms", "adapters")]
+    made, refused = row.get("rewrites", {}), row.get("refusals", {})
+    rules = [f"{made.get(n, 0)}/{refused.get(n, 0)}" if made.get(n) or refused.get(n) else "" for n in RULES]
+    return [row["kind"], row["type"], row["outcome"], *errors, *parts, *rules]
+
+
+def _cells(cells: Any) -> str:
+    return "| " + " | ".join(str(c).replace("|", "\\|") for c in cells) + " |"
+
+
+def _reasons(rows: list[Row]) -> list[str]:
+    lines = ["## What is not equal, and what was not rewritten", ""]
+    for row in rows:
+        if row["outcome"] != "equal":
+            lines.append(f"- `{row['type']}` ({row['model']}): {row['outcome']}: {row['reason']}")
+        lines += [f"- `{row['type']}`: {text}" for text in row.get("missing", [])[:1] if row["kind"] == "decoder"]
+    return lines
+
+
+def _excluded(rows: list[Row]) -> list[str]:
+    lines = ["## Types that do not run by themselves", ""]
+    return lines + [f"- `{r['type']}` ({r['model']}): {r['reason']}" for r in rows]

@@ -1,0 +1,87 @@
+"""The 4-bit codes and the dequantization in plain torch, against bitsandbytes."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import bitsandbytes.functional as B
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from weft.quant.four_bit import FP4, NF4, block_scales, code_table, dequantize, from_quant_state
+from weft.quant.layout import Layout
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+
+
+def expected(packed: Tensor, state: Any) -> Tensor:
+    """What bitsandbytes dequantizes.
+
+    Its CPU kernel reads wrong scales where a block runs over the end of a row (0.50.2), so it is shown a matrix with a
+    block a row.
+    """
+    count, size = state.shape.numel(), state.blocksize
+    blocks = -(-count // size)
+    padded = torch.zeros(blocks * size // 2, dtype=torch.uint8)
+    padded[: packed.numel()] = packed.view(-1)
+    by_block = copy.copy(state)
+    by_block.shape = torch.Size((blocks, size))
+    with torch.compiler.set_stance("force_eager"):
+        return B.dequantize_4bit(padded, by_block).view(-1)[:count].view(state.shape)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@settings(
+    max_examples=int(os.environ.get("WEFT_EXAMPLES", "300")),
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+@given(data=st.data())
+def test_is_bitsandbytes_bit_for_bit(dtype: torch.dtype, data: st.DataObject) -> None:
+    rows, columns = data.draw(st.integers(1, 40)), data.draw(st.integers(1, 300))
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 2**20)))
+    w = torch.randn((rows, columns), generator=generator) * data.draw(st.sampled_from((1e-3, 1.0, 100.0)))
+    options = {"blocksize": data.draw(st.sampled_from(BLOCKS)), "compress_statistics": data.draw(st.booleans())}
+    packed, state = B.quantize_4bit(w.to(dtype), quant_type=data.draw(st.sampled_from(("nf4", "fp4"))), **options)
+    weight, layout = from_quant_state(packed, state)
+    assert layout == Layout.decode(layout.encode())
+    assert torch.equal(dequantize(weight, layout, dtype), expected(packed, state))
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_codes_are_those_of_bitsandbytes(kind: str) -> None:
+    assert torch.equal(code_table(kind, torch.device("cpu")), B.get_4bit_type(kind, device="cpu"))
+    assert len(NF4) == len(FP4) == 16
+
+
+def test_statistics_in_float64_give_a_product_in_float64() -> None:
+    layout = Layout("nf4", 4, 48, 32, 2)
+    index = torch.tensor([0, 100, 255, 7, 9, 200], dtype=torch.uint8)
+    statistics = [torch.rand(3), torch.linspace(-1, 1, 256), torch.tensor(0.1)]
+    packed = torch.arange(96, dtype=torch.uint8)
+    weight = [packed, index, *(t.double() for t in statistics)]
+    scale = weight[3][index.int()] * weight[2].repeat_interleave(2) + weight[4]
+    assert torch.equal(block_scales(weight, layout), scale)
+    codes = torch.stack((packed >> 4, packed & 15), 1).view(-1).int()
+    exact = torch.tensor(NF4, dtype=torch.float32).double()[codes].view(6, 32) * scale[:, None]
+    assert torch.equal(dequantize(weight, layout, torch.float64), exact.view(4, 48))
+
+
+def test_codes_may_be_stored_in_another_dtype() -> None:
+    w = torch.randn(8, 64)
+    plain = from_quant_state(*B.quantize_4bit(w, quant_type="nf4"))
+    stored = from_quant_state(*B.quantize_4bit(w, quant_type="nf4", quant_storage=torch.bfloat16))
+    assert stored[0][0].dtype == torch.bfloat16
+    assert torch.equal(dequantize(*stored, torch.float32), dequantize(*plain, torch.float32))
+
+
+def test_a_dense_layout_is_refused() -> None:
+    with pytest.raises(ValueError, match="rows:2:3:0:0 is not a 4-bit layout"):
+        dequantize([torch.ones(2, 3)], Layout("rows", 2, 3), torch.float32)
