@@ -23,8 +23,6 @@ from . import rows as R
 from .dispatch import compute_dtype
 
 PER_THREAD, PER_THREAD_BACKWARD = 32, 16
-PROGRAMS = 2
-"""Programs a multiprocessor in the backward; each holds one partial sum of the gradients of weight and bias."""
 
 
 def reference(
@@ -142,33 +140,33 @@ def _backward(
 
 
 def _launch_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, y: Tensor, mu: Tensor, r: Tensor, eps: float, offset: float
-) -> None:
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mu, r = empty(x, dtype)
     count, options = R.blocks(x, PER_THREAD)
     options |= {"eps": eps, "offset": offset, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     R.launch(_forward, count, (x, y, mu, r), (weight, bias), options)
+    return y, mu, r
 
 
 def _launch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, dx: Tensor | None,
-    needs_weight: bool, needs_bias: bool, offset: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    """dx in its buffer, dweight and dbias in float32; None for one not needed."""
+    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """dx, dweight and dbias, the latter two in float32; None for one not needed."""
+    dx = torch.empty_like(x) if needs[0] else None
     count, options = R.blocks(x, PER_THREAD_BACKWARD)
-    count = min(count, R.persistent(x, PROGRAMS))
+    count = min(count, R.persistent(x, options))
     partial = R.partial_sums(x, count, 2)
     options |= {"offset": offset, "HAS_WEIGHT": weight is not None}
-    options |= {"NEEDS_X": dx is not None, "NEEDS_WEIGHT": needs_weight, "NEEDS_BIAS": needs_bias}
+    options |= {"NEEDS_X": needs[0], "NEEDS_WEIGHT": needs[1], "NEEDS_BIAS": needs[2]}
     R.launch(_backward, count, (x, grad, mu, r, dx), (weight, partial), options)
-    return dx, partial[0].sum(0) if needs_weight else None, partial[1].sum(0) if needs_bias else None
+    return dx, partial[0].sum(0) if needs[1] else None, partial[1].sum(0) if needs[2] else None
 
 
-def _plain_operands(x: Tensor, weight: Tensor | None, offset: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """x and w for torch's own kernel, which on the CPU computes in float32 on a low-precision x if w is float32."""
+def _factor(x: Tensor, weight: Tensor | None, offset: float) -> Tensor:
+    """w in the dtype of the arithmetic, which is also what makes torch's own kernel compute in it."""
     compute = compute_dtype(x)
-    narrow = x.device.type == "cpu" and x.dtype == dtype
-    factor = x.new_ones(x.shape[-1:], dtype=compute) if weight is None else weight.to(compute).add(offset)
-    return x if narrow else x.to(compute), factor
+    return x.new_ones(x.shape[-1:], dtype=compute) if weight is None else weight.to(compute).add(offset)
 
 
 def _order(x: Tensor) -> list[int]:
@@ -179,52 +177,54 @@ def _matrix(x: Tensor, order: list[int]) -> Tensor:
     return x.permute(order).reshape(-1, x.shape[-1])
 
 
-def _put(matrix: Tensor, out: Tensor, order: list[int]) -> Tensor:
-    """``matrix`` with the shape, strides and dtype of ``out``: itself if it lies so, else copied there."""
-    shaped = matrix.view([out.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(out.dim())])
-    return shaped if shaped.stride() == out.stride() and shaped.dtype == out.dtype else out.copy_(shaped)
+def _put(matrix: Tensor, like: Tensor, order: list[int]) -> Tensor:
+    """``matrix`` with the shape, strides and dtype of the meta tensor ``like``, which mostly is a view of it."""
+    shaped = matrix.view([like.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(like.dim())])
+    if shaped.stride() == like.stride() and shaped.dtype == like.dtype:
+        return shaped
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=matrix.device).copy_(shaped)
 
 
 def _plain_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, out: tuple[Tensor, Tensor, Tensor], eps: float, offset: float
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """y, mu and r from torch's own kernel, in memory order where that spares a copy."""
-    order, (y, mu, r) = _order(x), out
-    wide, factor = _plain_operands(x, weight, offset, y.dtype)
+    """From torch's own kernel, on rows in memory order. On the CPU it takes a low-precision x as it is."""
+    order, factor = _order(x), _factor(x, weight, offset)
     shift = torch.zeros_like(factor) if bias is None else bias.to(factor.dtype)
+    wide = x if x.device.type == "cpu" and x.dtype == dtype else x.to(factor.dtype)
     results = torch.native_layer_norm(_matrix(wide, order), x.shape[-1:], factor, shift, eps)
-    return _put(results[0], y, order), _put(results[1], mu, order), _put(results[2], r, order)
+    y, mu, r = (_put(*pair, order) for pair in zip(results, empty(x, dtype, "meta"), strict=True))
+    return y, mu, r
 
 
 def _plain_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, dx: Tensor | None,
-    needs_weight: bool, needs_bias: bool, offset: float,
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
-    order = _order(x)
-    wide, factor = _plain_operands(x, weight, offset, grad.dtype)
-    slopes, values, mean, scale = (_matrix(t, order) for t in (grad.to(wide.dtype), wide, mu, r))
-    result, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
-        slopes, values, x.shape[-1:], mean, scale, factor, factor, [dx is not None, needs_weight, needs_bias]
+    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float, needs: tuple[bool, bool, bool]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """As :func:`_launch_backward`. Torch's kernel sums dweight and dbias in the dtype of x, so they need it upcast."""
+    order, factor = _order(x), _factor(x, weight, offset)
+    narrow = x.device.type == "cpu" and grad.dtype == x.dtype and not any(needs[1:])
+    dtype = x.dtype if narrow else factor.dtype
+    dy, wide, mean, scale = (_matrix(t, order) for t in (grad.to(dtype), x.to(dtype), mu, r))
+    dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
+        dy, wide, x.shape[-1:], mean, scale, factor, factor, list(needs)
     )
-    return None if dx is None else _put(result, dx, order), dweight, dbias
+    return None if dx is None else _put(dx, torch.empty_like(x, device="meta"), order), dweight, dbias
 
 
-def empty(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def empty(x: Tensor, dtype: torch.dtype, device: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Uninitialized y, mu and r in the memory order of x."""
-    per_row = [torch.empty_like(x[..., :1], dtype=compute_dtype(x)) for _ in range(2)]
-    return torch.empty_like(x, dtype=dtype), per_row[0], per_row[1]
+    y = torch.empty_like(x, dtype=dtype, device=device)
+    mu, r = (torch.empty_like(x[..., :1], dtype=compute_dtype(x), device=device) for _ in range(2))
+    return y, mu, r
 
 
 @torch.library.custom_op("weft::layer_norm", mutates_args=())
 def _layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out = empty(x, dtype)
-    if x.numel() and not R.kernel_runs(x):
-        return _plain_forward(x, weight, bias, out, eps, offset)
-    if x.numel():
-        _launch_forward(x, weight, bias, *out, eps, offset)
-    return out
+    if not x.numel():
+        return empty(x, dtype)
+    return (_launch_forward if R.kernel_runs(x) else _plain_forward)(x, weight, bias, eps, offset, dtype)
 
 
 @torch.library.custom_op("weft::layer_norm_backward", mutates_args=())
@@ -233,25 +233,25 @@ def _layer_norm_backward(
     needs_x: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """dx, and dweight and dbias in the dtype of the arithmetic; an empty tensor for one not needed."""
-    out = _empty_gradients(x, needs_x, needs_weight, needs_bias)
+    needs = (needs_x, needs_weight, needs_bias)
     if not x.numel():
-        return out[0], out[1].zero_(), out[2].zero_()
-    run = _launch_backward if R.kernel_runs(x) else _plain_backward
-    grads = run(grad, x, weight, mu, r, out[0] if needs_x else None, needs_weight, needs_bias, offset)
-    dx, dweight, dbias = (empty if grad is None else grad for empty, grad in zip(out, grads, strict=True))
+        return _gradients(x, *needs)
+    grads = (_launch_backward if R.kernel_runs(x) else _plain_backward)(grad, x, weight, mu, r, offset, needs)
+    dx, dweight, dbias = (x.new_empty(0) if grad is None else grad for grad in grads)
     return dx, dweight, dbias
 
 
-def _empty_gradients(x: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
-    vectors = [
-        x.new_empty(x.shape[-1] if needed else 0, dtype=compute_dtype(x)) for needed in (needs_weight, needs_bias)
-    ]
-    return torch.empty_like(x) if needs_x else x.new_empty(0), vectors[0], vectors[1]
+def _gradients(x: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """What the backward returns for an empty x, and in shape for any."""
+    dweight, dbias = (
+        x.new_zeros(x.shape[-1] if need else 0, dtype=compute_dtype(x)) for need in (needs_weight, needs_bias)
+    )
+    return torch.empty_like(x) if needs_x else x.new_empty(0), dweight, dbias
 
 
 _layer_norm.register_fake(lambda x, weight, bias, eps, offset, dtype: empty(x, dtype))
 _layer_norm_backward.register_fake(
-    lambda grad, x, weight, mu, r, offset, *needs: _empty_gradients(x, *needs),
+    lambda grad, x, weight, mu, r, offset, *needs: _gradients(x, *needs),
 )
 
 

@@ -151,9 +151,9 @@ def _sweep(
     return losses, (dx, dw if rows else dw.zero_(), db)
 
 
-def _kept_dtype(parameter: Tensor) -> torch.dtype:
-    """The dtype in which a gradient waits for its factor: a parameter's sum over tokens may leave float16's range."""
-    return torch.float32 if parameter.dtype == torch.float16 else parameter.dtype
+def _kept_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype in which dW waits for its factor: a sum over tokens may leave float16's range."""
+    return torch.float32 if weight.dtype == torch.float16 else weight.dtype
 
 
 def _units(denominator: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -192,7 +192,7 @@ def _op(
         seed, needs = seed.reshape(1).expand(flat.shape[0]), [need and reduction != "none" for need in needs]
         losses, (dx, dw, db) = _sweep(flat, weight, bias, labels, seed, loss, chunk_tokens, logits_dtype, needs)
         value = losses.view(target.shape) if reduction == "none" else losses.sum() / total
-        return value, unit, dx.view(x.shape) if needs[0] else dx, dw.to(_kept_dtype(weight)), db.to(_kept_dtype(weight))
+        return value, unit, dx.view(x.shape) if needs[0] else dx, dw.to(_kept_dtype(weight)), db
 
 
 @_op.register_fake
@@ -205,7 +205,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, denominato
         x.new_empty(scalar, dtype=wide),
         x.new_empty(x.shape if keeps[0] else 0),
         weight.new_empty(weight.shape if keeps[1] else 0, dtype=kept),
-        weight.new_empty(weight.shape[:1] if keeps[2] else 0, dtype=kept),
+        weight.new_empty(weight.shape[:1] if keeps[2] else 0, dtype=wide),
     )
 
 

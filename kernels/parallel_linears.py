@@ -38,14 +38,14 @@ def reference(
     *,
     x_adapters: Sequence[Tensor | None] | None = None,
     adapter_dtype: torch.dtype | None = None,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """The formula in plain differentiable torch; arguments as in :func:`parallel_linears`."""
     none = [None] * len(weights)
     each = zip(weights, layouts, biases or none, a or none, b or none, scales or [1.0] * len(weights), strict=True)
-    return [
+    return tuple(
         lora_linear.reference(x, *operands, x_adapter=z, adapter_dtype=adapter_dtype)
         for operands, z in zip(each, x_adapters or none, strict=True)
-    ]
+    )
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def parallel_linears(
     *,
     x_adapters: Sequence[Tensor | None] | None = None,
     adapter_dtype: torch.dtype | None = None,
-) -> list[Tensor]:
+) -> tuple[Tensor, ...]:
     """Several linears of one x, each as :func:`weft.kernels.lora_linear.lora_linear` computes it.
 
     Args:
@@ -230,4 +230,4 @@ def parallel_linears(
         tensors += [*weight, *(v for v in optional if v is not None)]
     factors = [1.0] * len(weights) if scales is None else list(scales)
     outputs = _parallel_linears(x, tensors, encode(slots), factors, adapter_dtype or x.dtype)
-    return outputs[: len(weights)]
+    return tuple(outputs[: len(weights)])

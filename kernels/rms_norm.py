@@ -27,8 +27,6 @@ from .dispatch import compute_dtype
 EpsMode = Literal["inside", "outside", "clamp"]
 
 PER_THREAD, PER_THREAD_BACKWARD = 32, 16
-PROGRAMS = 2
-"""Programs a multiprocessor in the backward; each holds one partial sum of the weight's gradient."""
 
 
 def reference(
@@ -165,7 +163,7 @@ def _launch_backward(
 ) -> Tensor:  # fmt: skip
     """Fills ``dx`` if there is one, and returns the weight's gradient in float32, nothing if it is not needed."""
     count, options = R.blocks(x, PER_THREAD_BACKWARD)
-    count = min(count, R.persistent(x, PROGRAMS))
+    count = min(count, R.persistent(x, options))
     partial = R.partial_sums(x, count if needs_weight else 0)
     options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
     options |= {"HAS_EXTRA": extra is not None, "NEEDS_X": dx is not None, "NEEDS_WEIGHT": needs_weight}

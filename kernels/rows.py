@@ -24,6 +24,8 @@ LONGEST = 16384
 """Longest row, in elements, that a program holds in registers at once; it walks over longer ones block by block."""
 TILE = 4096
 """Elements that a program takes at a time if its rows are shorter than this."""
+RESIDENT_WARPS = 16
+"""Warps of a backward kernel for which a multiprocessor has registers; fewer programs leave fewer partial sums."""
 
 
 def blocks(x: Tensor, per_thread: int) -> tuple[int, dict[str, Any]]:
@@ -83,10 +85,10 @@ def layout(lead: Tensor, *others: Tensor) -> tuple[tuple[int, int], tuple[Stride
     return (sizes[1], sizes[2]), each
 
 
-def persistent(x: Tensor, per_multiprocessor: int) -> int:
-    """Programs that keep the device of ``x`` busy, each taking many blocks; a CPU counts as one multiprocessor."""
+def persistent(x: Tensor, options: dict[str, Any]) -> int:
+    """Programs that fill the device of ``x``, each to take many blocks; a CPU counts as one multiprocessor."""
     units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return units * per_multiprocessor
+    return units * max(RESIDENT_WARPS // options["num_warps"], 1)
 
 
 def launch(

@@ -119,8 +119,9 @@ def target_name(target: Any) -> str:
     if isinstance(target, str):
         return target
     if isinstance(target, torch._ops.OpOverload | torch._ops.OpOverloadPacket):
-        namespace, _, name = str(target._qualified_op_name if hasattr(target, "_qualified_op_name") else target).partition("::")
-        return name.split(".")[0] if namespace in ("aten", "bitsandbytes", "prims") else f"{namespace}.{name}".split(".default")[0]
+        whole = target._schema.name if isinstance(target, torch._ops.OpOverload) else target._qualified_op_name
+        namespace, _, name = whole.partition("::")
+        return name if namespace in ("aten", "bitsandbytes", "prims") else f"{namespace}.{name}"
     module, name = getattr(target, "__module__", None) or "", getattr(target, "__name__", type(target).__name__)
     return f"weft.{name}" if module.startswith("weft.") else name
 

@@ -101,6 +101,13 @@ def adapters(draw: st.DrawFn, layout: Layout, dtype: torch.dtype) -> tuple[Tenso
     return a, draw(tensors((layout.out_features, rank), dtype, rank**-0.5))
 
 
+@st.composite
+def precisions(draw: st.DrawFn, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype | None, torch.dtype]:
+    """Dtypes of A and B, of their products, and of what enters them: as PEFT has them without and under autocast."""
+    wide = torch.float32
+    return draw(st.sampled_from(((dtype, None, dtype), (wide, wide, wide), (wide, wide, dtype), (wide, None, dtype))))
+
+
 def maybe(strategy: st.SearchStrategy[Tensor]) -> st.SearchStrategy[Tensor | None]:
     """What ``strategy`` draws, or None."""
     return st.one_of(st.none(), strategy)

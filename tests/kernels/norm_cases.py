@@ -61,10 +61,16 @@ def shapes(draw: st.DrawFn) -> tuple[int, ...]:
 
 
 @st.composite
-def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, grads: st.SearchStrategy[bool]) -> Tensor:
-    """A tensor in any layout, from 1 to 100 large, that needs a gradient or not."""
+def tensors(
+    draw: st.DrawFn,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    grads: st.SearchStrategy[bool],
+    mean: tuple[int, ...] = (0,),
+) -> Tensor:
+    """A tensor in any layout, with a spread from 1 to 100 around one of ``mean``, that needs a gradient or not."""
     values = normal(draw(st.integers(0, 2**20)), shape, dtype) * draw(st.sampled_from((1, 1, 10, 100)))
-    return lay(values, draw(st.sampled_from(LAYOUTS))).requires_grad_(draw(grads))
+    return lay(values + draw(st.sampled_from(mean)), draw(st.sampled_from(LAYOUTS))).requires_grad_(draw(grads))
 
 
 @st.composite

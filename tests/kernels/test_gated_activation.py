@@ -62,7 +62,7 @@ shapes = st.one_of(
 )
 seeds = st.integers(0, 2**16)
 scales = st.sampled_from((0.01, 1.0, 6.0))
-tiles = st.sampled_from((16, 256, 2048))
+tiles = st.sampled_from((128, 2048, 2048))
 
 
 @both

@@ -1,4 +1,4 @@
-"""The linear with a low-rank adapter, and the adapter on an opaque product, against float64, forward and gradients."""
+"""The linear with a low-rank adapter against float64, forward and gradients."""
 
 from __future__ import annotations
 
@@ -14,10 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from weft.kernels import linears as formulas
 from weft.kernels import lora_linear as module
-from weft.kernels import lora_update as update
 from weft.kernels.dispatch import Backend, backend
 from weft.kernels.lora_linear import lora_linear
-from weft.kernels.lora_update import lora_update
 from weft.quant.layout import Layout
 
 from .accuracy import DTYPES, assert_accurate
@@ -34,6 +32,7 @@ from .linear_cases import (
     maybe,
     normal,
     packed_weight,
+    precisions,
     tensors,
     terms,
     weights,
@@ -43,13 +42,6 @@ KINDS = ("rows", "columns", "nf4", "fp4")
 NF4 = Layout("nf4", 6, 64, 64, 256)
 ROWS = Layout("rows", 6, 64)
 SCALES = (1.0, 0.5, -2.0, 0.0)
-
-
-@st.composite
-def precisions(draw: st.DrawFn, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype | None, torch.dtype]:
-    """Dtypes of A and B, of their products, and of what enters them: as PEFT has them without and under autocast."""
-    wide = torch.float32
-    return draw(st.sampled_from(((dtype, None, dtype), (wide, wide, wide), (wide, wide, dtype), (wide, None, dtype))))
 
 
 @st.composite
@@ -73,22 +65,6 @@ def linears(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
-@st.composite
-def updates(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of ``lora_update``."""
-    layout, lead = Layout("rows", draw(st.integers(1, 40)), draw(st.integers(1, 40))), draw(st.sampled_from(LEADS))
-    kept, computed, entering = draw(precisions(dtype))
-    a, b = draw(adapters(layout, kept))
-    return {
-        "y": draw(tensors((*lead, layout.out_features), dtype)),
-        "x": draw(tensors((*lead, layout.in_features), entering)),
-        "a": a,
-        "b": b,
-        "scale": draw(st.sampled_from(SCALES)),
-        "adapter_dtype": computed,
-    }
-
-
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @cases
@@ -99,15 +75,9 @@ def test_matches_float64(name: Backend, dtype: torch.dtype, data: st.DataObject)
         assert_accurate(lora_linear, module.reference, inputs, reduction=128, scale=terms(*inputs.values()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@cases
-@given(data=st.data())
-def test_update_matches_float64(dtype: torch.dtype, data: st.DataObject) -> None:
-    inputs = data.draw(updates(dtype))
-    assert_accurate(lora_update, update.reference, inputs, reduction=128, scale=terms(*inputs.values()))
-
-
-def operands(layout: Layout = NF4, dtype: torch.dtype = torch.float32, rows: int = 9, own: bool = False) -> dict[str, Any]:
+def operands(
+    layout: Layout = NF4, dtype: torch.dtype = torch.float32, rows: int = 9, own: bool = False
+) -> dict[str, Any]:
     """Arguments of ``lora_linear`` that all need a gradient."""
     dense = normal(9, (layout.out_features, layout.in_features), dtype, 0.1)
     named = {
@@ -148,37 +118,18 @@ def test_opcheck(name: Backend, own: bool, layout: Layout) -> None:
             torch.library.opcheck(torch.ops.weft.lora_linear.default, (*(given_[key] for key in order), dtype))
 
 
-def test_update_opcheck() -> None:
-    given_ = operands()
-    y = normal(6, (9, 6), torch.bfloat16).requires_grad_()
-    for dtype in (torch.float32, torch.bfloat16):
-        arguments = (y, given_["x"], given_["a"], given_["b"], 0.5, dtype)
-        torch.library.opcheck(torch.ops.weft.lora_update.default, arguments)
-
-
 @pytest.mark.parametrize("wanted", [("x",), ("a",), ("b",), ("bias",), ("x_adapter",), ("weight",), ("x", "a", "b")])
 def test_only_the_gradients_that_are_needed_are_computed(wanted: tuple[str, ...]) -> None:
     inputs = operands(ROWS, own="x_adapter" in wanted)
-    leaves = {key: value for key, value in inputs.items() if isinstance(value, Tensor)} | {"weight": inputs["weight"][0]}
+    leaves = {key: value for key, value in inputs.items() if isinstance(value, Tensor)} | {
+        "weight": inputs["weight"][0]
+    }
     for key, leaf in leaves.items():
         leaf.requires_grad_(key in wanted)
     y = lora_linear(**inputs)
     with Results("weft::lora_linear_backward") as record:
         y.sum().backward()
     assert [len(result) for result in record.results] == [len(wanted)]
-    assert {key for key, leaf in leaves.items() if leaf.grad is not None} == set(wanted)
-
-
-@pytest.mark.parametrize("wanted", [("y",), ("x",), ("a",), ("b",), ("y", "x", "a", "b")])
-def test_update_computes_only_the_gradients_that_are_needed(wanted: tuple[str, ...]) -> None:
-    leaves = {key: operands()[key] for key in ("x", "a", "b")} | {"y": normal(6, (9, 6), torch.float32)}
-    for key, leaf in leaves.items():
-        leaf.requires_grad_(key in wanted)
-    out = lora_update(**leaves, scale=0.5)
-    with Results("weft::lora_update_backward") as record:
-        out.sum().backward()
-    products = len(set(wanted) - {"y"})
-    assert [len(result) for result in record.results] == [products] * (products > 0)
     assert {key for key, leaf in leaves.items() if leaf.grad is not None} == set(wanted)
 
 
@@ -234,19 +185,6 @@ def test_under_autocast_it_is_two_linears(name: Backend, own: bool, layout: Layo
         assert_accurate(ours, plain, inputs, reduction=64, scale=25.0)
 
 
-def test_update_under_autocast_is_two_linears() -> None:
-    def plain(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(DEVICE, torch.bfloat16):
-            return y + F.linear(F.linear(x, a), b) * 0.5
-
-    def ours(y: Tensor, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        with torch.autocast(DEVICE, torch.bfloat16):
-            return lora_update(y, x, a, b, 0.5)
-
-    inputs = {"y": normal(6, (9, 6), torch.bfloat16).requires_grad_(), **{k: operands()[k] for k in ("x", "a", "b")}}
-    assert_accurate(ours, plain, inputs, reduction=64, scale=25.0)
-
-
 def test_gradients_called_inside_autocast_stay_as_precise() -> None:
     inputs = operands()
     leaves = [inputs[key] for key in ("x", "a", "b")]
@@ -272,7 +210,7 @@ def test_compiles_with_dynamic_shapes() -> None:
     weight, layout = inputs["weight"], inputs["layout"]
 
     def run(x: Tensor, bias: Tensor, a: Tensor, b: Tensor, z: Tensor) -> Tensor:
-        return lora_update(lora_linear(x, weight, layout, bias, a, b, 0.5, x_adapter=z), x, a, b, 2.0) * 2
+        return lora_linear(x, weight, layout, bias, a, b, 0.5, x_adapter=z) * 2
 
     compiled = torch.compile(run, backend="aot_eager", dynamic=True, fullgraph=True)
     for rows in (5, 7):

@@ -1,0 +1,104 @@
+"""Times a call: by events on a CUDA device, by the clock on a CPU. Medians, after a warm-up, over rotating inputs."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+BATCH = 5
+"""Calls that are queued at a time: few enough for the driver's queue to hold all their launches."""
+
+CYCLES_PER_SECOND = 2e9
+"""At least the clock of today's devices: a wait of so many cycles lasts a second or longer."""
+
+LONGEST_LEAD = 0.1
+"""Seconds of waiting in front of a batch, beyond which the call is taken to synchronize by itself."""
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Medians of one call.
+
+    ``us``: time on the device; ``host_us``: time for which the host was busy with it; ``host_bound``: the device waited
+    for the host, so that ``us`` holds time in which nothing ran.
+    """
+
+    us: float
+    host_us: float
+    host_bound: bool
+
+
+def size_of(values: Any) -> int:
+    """Bytes of all tensors in a nest of containers."""
+    return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, Tensor))
+
+
+def rotation(one: Any, device: torch.device) -> int:
+    """How many sets of inputs as large as ``one`` to use in turn, so that none is still in the cache when it is due."""
+    if device.type != "cuda":
+        return 2
+    cache = torch.cuda.get_device_properties(device).L2_cache_size
+    return max(2, math.ceil(2 * cache / max(size_of(one), 1)) + 1)
+
+
+def measure(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 20, warmup: int = 3) -> Timing:
+    """Times ``calls`` in turn, ``repeats`` in all; they do the same thing on different inputs."""
+    for i in range(max(warmup, len(calls))):
+        calls[i % len(calls)]()
+    return _on_cuda(calls, repeats) if device.type == "cuda" else _on_cpu(calls, repeats)
+
+
+def _on_cpu(calls: Sequence[Callable[[], Any]], repeats: int) -> Timing:
+    samples = []
+    for i in range(repeats):
+        started = time.perf_counter()
+        calls[i % len(calls)]()
+        samples.append(time.perf_counter() - started)
+    microseconds = statistics.median(samples) * 1e6
+    return Timing(microseconds, microseconds, host_bound=False)
+
+
+def _on_cuda(calls: Sequence[Callable[[], Any]], repeats: int) -> Timing:
+    """Each batch is queued behind a wait, so that the host is ahead and no event waits for a launch."""
+    torch.cuda.synchronize()
+    started = time.perf_counter()
+    calls[0]()
+    lead = 2e-3 + 2 * BATCH * (time.perf_counter() - started)
+    device_us: list[float] = []
+    host_us: list[float] = []
+    host_bound = False
+    while len(device_us) < repeats:
+        samples, host, ahead = _batch(calls, len(device_us), lead)
+        if not ahead and lead < LONGEST_LEAD:
+            lead *= 2
+            continue
+        device_us += samples
+        host_us.append(host)
+        host_bound |= not ahead
+    return Timing(statistics.median(device_us), statistics.median(host_us), host_bound)
+
+
+def _batch(calls: Sequence[Callable[[], Any]], first: int, lead: float) -> tuple[list[float], float, bool]:
+    """Microseconds of each call, of the host a call, and whether all was queued before the first call began."""
+    waited = torch.cuda.Event()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(BATCH)]
+    torch.cuda.synchronize()
+    torch.cuda._sleep(int(lead * CYCLES_PER_SECOND))
+    waited.record()
+    started = time.perf_counter()
+    for i, (start, end) in enumerate(events):
+        start.record()
+        calls[(first + i) % len(calls)]()
+        end.record()
+    host = (time.perf_counter() - started) / BATCH
+    ahead = not waited.query()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) * 1e3 for start, end in events], host * 1e6, ahead
