@@ -60,6 +60,24 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "zamba": {
         "num_hidden_layers": 4, "layers_block_type": ["linear_attention", "linear_attention", "hybrid", "hybrid"],
     },
+    # parts that must agree, and that no pattern can make agree
+    "aria": {"projector_patch_to_query_dict": {16: 4}, "image_token_index": 255},
+    "blip-2": {"image_token_index": 255},
+    "instructblip": {"image_token_index": 255},
+    "instructblipvideo": {"video_token_index": 255},
+    "dots3_note": {"vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64}, "audio_config": {"adapter_out_dim": 64, "adapter_input_size": 64}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "hunyuan_vl": {"text_config": {"head_dim": 16}},
+    "llama4": {"vision_config": {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64, "intermediate_size": 256}},
+    "mllama": {
+        "text_config": {"cross_attention_layers": [1], "num_hidden_layers": 4},
+        "vision_config": {"intermediate_layers_indices": [0], "supported_aspect_ratios": None, "vision_output_dim": 128},
+    },
+    "paddleocr_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    "qwen2_5_omni_thinker": {"vision_start_token_id": 240},
+    "qwen3_omni_moe_thinker": {"vision_start_token_id": 240},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
     # tables that no size in the config bounds
     "blt": {"encoder_hash_byte_group_vocab": 128},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -75,6 +93,7 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"(^|_)(head_dim|d_kv|kv_channels|attention_head_size|d_head|dim_head|headdim|d_head)$", 16),
     (r"^rotary_dim$|^patch_size$", 8),
     (r"^(image|crop)_size$", 32),
+    (r"^mm_tokens_per_image$|^image_seq_length$", 4),
     (r"^max_source_positions$", 48),
     (r"(mamba|ssm)\w*_n?_?heads$", 8),
     (r"(^|_)(n|num|n_mamba)?_?(\w+_)?heads?$", 4),
@@ -133,6 +152,8 @@ def _shrink(config: PreTrainedConfig, tokens: dict[int, int], overrides: Mapping
             chosen[field.name] = _shrink(value, tokens, overrides.get(field.name, {}))
         elif _per_layer(config, value):
             chosen[field.name] = [value[i] for i in kept]
+        elif field.name == "image_grid_pinpoints" and value:
+            chosen[field.name] = [[32, 64], [64, 32], [64, 64]]
         elif field.default is not None or value is None:
             chosen[field.name] = _resize(config, field.name, value, tokens)
     if "mrope_section" in type(config).ignore_keys_at_rope_validation or "mrope_section" in (_value(config, "rope_parameters") or {}):
@@ -173,6 +194,8 @@ def _kept_layers(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> list
 
 
 def _resize(config: PreTrainedConfig, name: str, value: Any, tokens: dict[int, int]) -> Any:
+    if isinstance(value, list | tuple) and re.search(r"index(es|s)?$|indices$|^vision_feature_layers?$", name):
+        return [1]
     if isinstance(value, list | tuple) and re.search(r"(image|patch|crop)_size$", name):
         return type(value)(_resize(config, name, v, tokens) for v in value)
     if isinstance(value, float) and re.search(RANDOM, name):

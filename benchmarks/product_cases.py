@@ -60,9 +60,10 @@ def base_linear(x: Tensor, weight: list[Tensor], layout: str) -> Tensor:
     """``nn.Linear``, or bitsandbytes' ``Linear4bit``."""
     if not Layout.decode(layout).is_4bit:
         return F.linear(x, weight[0])
-    from bitsandbytes import matmul_4bit
+    import bitsandbytes
 
-    return matmul_4bit(x, weight[0].t(), quant_state=quant_state(weight, layout, x.dtype))
+    state = quant_state(weight, layout, x.dtype)
+    return bitsandbytes.matmul_4bit(x, weight[0].t(), quant_state=state)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def eager_lora(x: Tensor, weight: list[Tensor], layout: str, bias: None, a: Tensor, b: Tensor, scale: float) -> Tensor:
@@ -116,11 +117,11 @@ def _qkv(s: Sizes) -> tuple[int, ...]:
 
 
 def _quant_flops(s: Sizes) -> tuple[float, float]:
-    return (2.0 * s.tokens * s.hidden * s.intermediate,) * 2
+    return 2.0 * s.tokens * s.hidden * s.intermediate, 2.0 * s.tokens * s.hidden * s.intermediate
 
 
 def _loss_flops(s: Sizes) -> tuple[float, float]:
-    return (2.0 * s.tokens * s.hidden * s.vocab,) * 2
+    return 2.0 * s.tokens * s.hidden * s.vocab, 2.0 * s.tokens * s.hidden * s.vocab
 
 
 PRODUCT_CASES: tuple[Case, ...] = (

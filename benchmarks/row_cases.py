@@ -55,7 +55,8 @@ def _packed_gate_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
 
 def _dequantize_inputs(sizes: Sizes, draw: Draw) -> dict[str, Any]:
     layout = layout_4bit(sizes.intermediate, sizes.hidden)
-    return {"weight": draw.packed(layout), "layout": layout.encode(), "dtype": draw.dtype}
+    table = torch.tensor(four_bit.NF4, device=draw.device)
+    return {"weight": draw.packed(layout), "layout": layout.encode(), "dtype": draw.dtype, "table": table}
 
 
 def eager_rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -98,9 +99,13 @@ def eager_packed_gate(gate_up: Tensor, activation: str) -> Tensor:
     return eager_gate(gate, up, activation)
 
 
-def eager_dequantize(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+def eager_dequantize(weight: list[Tensor], layout: str, dtype: torch.dtype, table: Tensor) -> Tensor:
     """The formula in plain torch."""
-    return four_bit.dequantize(weight, Layout.decode(layout), dtype)
+    shape, (packed, absmax, nested, code, offset) = Layout.decode(layout), weight
+    scale = code[absmax.int()] * nested.repeat_interleave(shape.nested_block_size)[: absmax.numel()] + offset
+    pairs = torch.stack((packed.view(-1) >> 4, packed.view(-1) & 15), -1)
+    values = table[pairs.view(-1, shape.block_size).int()] * scale[:, None]
+    return values.to(dtype).view(shape.out_features, shape.in_features)
 
 
 def quant_state(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Any:
@@ -109,18 +114,25 @@ def quant_state(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Any:
 
     shape, (_, absmax, nested, code, offset) = Layout.decode(layout), weight
     inner = QuantState(absmax=nested, code=code, blocksize=shape.nested_block_size, dtype=torch.float32)
-    table = four_bit.code_table(shape.kind, absmax.device)
     return QuantState(
-        absmax=absmax, shape=torch.Size((shape.out_features, shape.in_features)), code=table,
-        blocksize=shape.block_size, quant_type=shape.kind, dtype=dtype, offset=offset, state2=inner,
+        absmax=absmax, shape=torch.Size((shape.out_features, shape.in_features)), blocksize=shape.block_size,
+        quant_type=shape.kind, dtype=dtype, offset=offset, state2=inner,
     )  # fmt: skip
 
 
-def bitsandbytes_dequantize(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
+def bitsandbytes_dequantize(weight: list[Tensor], layout: str, dtype: torch.dtype, table: Tensor) -> Tensor:
     """bitsandbytes' own kernels."""
     from bitsandbytes.functional import dequantize_4bit as theirs
 
     return theirs(weight[0], quant_state(weight, layout, dtype))
+
+
+def _dequantize(weight: list[Tensor], layout: str, dtype: torch.dtype, table: Tensor) -> Tensor:
+    return dequantize_4bit.dequantize_4bit(weight, layout, dtype)
+
+
+def _exact_dequantize(weight: list[Tensor], layout: str, dtype: torch.dtype, table: Tensor) -> Tensor:
+    return dequantize_4bit.reference(weight, layout, dtype)
 
 
 def _norm(x: Tensor, weight: Tensor, eps: float, bias: Tensor) -> Tensor:
@@ -160,7 +172,7 @@ ROW_CASES: tuple[Case, ...] = (
         gated_activation.reference_packed, ("gate_up",), ("gate_up",),
     ),
     Case(
-        "dequantize_4bit", _dequantize_inputs, dequantize_4bit.dequantize_4bit, eager_dequantize,
-        dequantize_4bit.reference, others={"bitsandbytes": bitsandbytes_dequantize},
+        "dequantize_4bit", _dequantize_inputs, _dequantize, eager_dequantize, _exact_dequantize,
+        others={"bitsandbytes": bitsandbytes_dequantize},
     ),
 )  # fmt: skip

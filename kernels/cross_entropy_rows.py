@@ -124,7 +124,8 @@ def rows_triton(logits: Tensor, target: Tensor, seed: Tensor, losses: Tensor, lo
     variant |= {"BLOCK": block, "num_warps": max(1, min(16, block // 512))}
     arguments = (logits, logits.stride(0), target, seed, seed.stride(0), losses, vocab, *loss)
     launch: Any = _row_kernel[(rows,)]
-    launch(*arguments, **variant)
+    with torch.cuda.device_of(logits):
+        launch(*arguments, **variant)
     return logits
 
 

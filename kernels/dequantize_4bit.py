@@ -96,7 +96,7 @@ def arguments(weight: list[Tensor], layout: Layout) -> tuple[tuple[Tensor, ...],
     size = layout.block_size
     if not layout.is_4bit or size < 8 or size & (size - 1):
         raise ValueError(f"{layout.encode()}: expected a 4-bit layout with a power of two as block size")
-    statistics = weight[1:] if len(weight) == 5 else [weight[1]] * 4
+    statistics = [t.contiguous() for t in (weight[1:] if len(weight) == 5 else [weight[1]] * 4)]
     nested = layout.nested_block_size if len(weight) == 5 else 0
     code = four_bit.code_table(layout.kind, weight[0].device)
     return (four_bit.packed_bytes(weight), *statistics, code), {"BLOCK_SIZE": size, "NESTED": nested}
@@ -123,10 +123,15 @@ def _native_cpu(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Ten
     """
     import bitsandbytes  # noqa: F401  (registers the operator)
 
-    scales, size = four_bit.block_scales(weight, layout), layout.block_size
+    native, size = torch.ops.bitsandbytes, layout.block_size
+    scales, *nested = (t.contiguous() for t in weight[1:])
+    if nested:
+        absmax, code, offset = nested
+        scales = native.dequantize_blockwise.default(scales, absmax, code, layout.nested_block_size, torch.float32)
+        scales += offset
     shape = [layout.out_features * layout.in_features // size, size]
     packed = four_bit.packed_bytes(weight)
-    w = torch.ops.bitsandbytes.dequantize_4bit.default(packed, scales, size, layout.kind, shape, dtype)
+    w = native.dequantize_4bit.default(packed, scales, size, layout.kind, shape, dtype)
     return w.view(layout.out_features, layout.in_features)
 
 

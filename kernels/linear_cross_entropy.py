@@ -60,7 +60,7 @@ def reference(
     """The same in plain torch, with all logits at once; ``chunk_tokens`` changes nothing here."""
     dtype = logits_dtype or x.dtype
     logits = F.linear(x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    z = logits.flatten(0, -2).to(compute_dtype(x)) * logit_scale
+    z = logits.reshape(-1, weight.shape[0]).to(compute_dtype(x)) * logit_scale
     if softcap:
         z = softcap * torch.tanh(z / softcap)
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
@@ -250,7 +250,8 @@ def _scale_op(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     values, out = values.contiguous(), values.new_empty(values.shape, dtype=dtype)
     if values.numel():
         launch: Any = _scale_kernel[(triton.cdiv(values.numel(), 4096),)]
-        launch(values, factor, out, values.numel(), BLOCK=4096)
+        with torch.cuda.device_of(values):
+            launch(values, factor, out, values.numel(), BLOCK=4096, num_warps=8)
     return out
 
 

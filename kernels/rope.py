@@ -72,11 +72,11 @@ def _load(start, step, there, HALF: tl.constexpr, FAR: tl.constexpr, ADJACENT: t
     Interleaved ones are read as they lie and split in registers: strided reads would cost twice.
     """
     if ADJACENT:
-        lane = tl.arange(0, 2 * PAIRS)[None, None, :]
+        lane = tl.arange(0, 2 * PAIRS).to(tl.int64)[None, None, :]
         both = tl.load(start + lane * step, mask=there & (lane < 2 * HALF), other=0.0).to(tl.float32)
         a, b = tl.split(tl.reshape(both, (start.shape[0], start.shape[1], PAIRS, 2)))
     else:
-        pair = tl.arange(0, PAIRS)[None, None, :]
+        pair = tl.arange(0, PAIRS).to(tl.int64)[None, None, :]
         a = tl.load(start + pair * step, mask=there & (pair < HALF), other=0.0).to(tl.float32)
         b = tl.load(start + (pair + FAR) * step, mask=there & (pair < HALF), other=0.0).to(tl.float32)
     return a, b
@@ -86,11 +86,11 @@ def _load(start, step, there, HALF: tl.constexpr, FAR: tl.constexpr, ADJACENT: t
 def _store(start, step, there, a, b, HALF: tl.constexpr, ADJACENT: tl.constexpr, PAIRS: tl.constexpr):
     """Writes what :func:`_load` reads, where FAR is HALF."""
     if ADJACENT:
-        lane = tl.arange(0, 2 * PAIRS)[None, None, :]
+        lane = tl.arange(0, 2 * PAIRS).to(tl.int64)[None, None, :]
         both = tl.reshape(tl.join(a, b), (start.shape[0], start.shape[1], 2 * PAIRS))
         tl.store(start + lane * step, both, mask=there & (lane < 2 * HALF))
     else:
-        pair = tl.arange(0, PAIRS)[None, None, :]
+        pair = tl.arange(0, PAIRS).to(tl.int64)[None, None, :]
         tl.store(start + pair * step, a, mask=there & (pair < HALF))
         tl.store(start + (pair + HALF) * step, b, mask=there & (pair < HALF))
 
@@ -111,7 +111,7 @@ def _turn_heads(
         turned_a, turned_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
         _store(target, y_strides[3], live, turned_a, turned_b, HALF, ADJACENT, PAIRS)
         if REST > 0:
-            lane = tl.arange(0, LANES)[None, None, :]
+            lane = tl.arange(0, LANES).to(tl.int64)[None, None, :]
             rest = tl.load(source + (2 * HALF + lane) * x_strides[3], mask=live & (lane < REST), other=0.0)
             tl.store(target + (2 * HALF + lane) * y_strides[3], rest, mask=live & (lane < REST))
 
@@ -332,7 +332,7 @@ def rope(
         q and k, turned, in the memory order of each.
 
     Raises:
-        ValueError: shapes or dtypes do not fit.
+        ValueError: shapes, dtypes or devices do not fit.
     """
     rotary_dim = cos.shape[-1] if rotary_dim is None else rotary_dim
     for x in (q, k):
@@ -365,6 +365,8 @@ def _check(x: Tensor, cos: Tensor, sin: Tensor, rotary_dim: int) -> None:
     shapes = f"x {tuple(x.shape)}, cos {tuple(cos.shape)}, sin {tuple(sin.shape)}, rotary_dim {rotary_dim}"
     if not 2 <= x.dim() <= 4 or not all(t.is_floating_point() for t in (x, cos, sin)):
         raise ValueError(f"need floating-point tensors, x of two to four dimensions: {shapes}")
+    if not x.device == cos.device == sin.device:
+        raise ValueError(f"x, cos and sin are on {x.device}, {cos.device} and {sin.device}")
     if cos.shape != sin.shape or cos.shape[-1] not in (rotary_dim, rotary_dim // 2):
         raise ValueError(f"cos and sin must both have rotary_dim entries, or both half of it: {shapes}")
     if rotary_dim % 2 or not 0 < rotary_dim <= x.shape[-1]:

@@ -107,7 +107,12 @@ def from_quant_state(packed: Tensor, state: Any) -> tuple[list[Tensor], Layout]:
     Args:
         packed: the stored codes, ``Params4bit.data``.
         state: a ``bitsandbytes.functional.QuantState``, of a 2-dimensional weight.
+
+    Raises:
+        ValueError: bitsandbytes has repacked the codes for its own CPU product.
     """
+    if getattr(state, "packing_format_for_cpu", False):
+        raise ValueError("the codes are in bitsandbytes' CPU order; put the module in training mode to restore them")
     rows, columns = state.shape
     nested = state.state2 if state.nested else None
     weight = [packed, state.absmax]

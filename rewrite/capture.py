@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -14,11 +15,12 @@ from torch import fx
 
 from . import graph as g
 from .driver import Verifier
-from .errors import WeftError
 from .lower import lower
 from .pipeline import Pass, run_pipeline
 from .report import GraphRecord, RegionRecord, RewriteReport
 from .verify import Replayer
+
+_log = logging.getLogger(__name__)
 
 DYNAMO_SETTINGS = {"specialize_float": True, "specialize_int": True, "recompile_limit": 256, "accumulated_recompile_limit": 4096}
 """In force while one of our regions runs: constants stay constants, and no graph is dropped for being one too many."""
@@ -64,7 +66,8 @@ class Session:
         try:
             self.rewrite(module, example_inputs, record)
             function = lower(module)
-        except (WeftError, RuntimeError, TypeError, ValueError, NotImplementedError) as error:
+        except Exception as error:  # whatever a rule does, the model must run; the report and the log say what happened
+            _log.debug("rewriting %s failed", self.path, exc_info=True)
             record = GraphRecord(RegionRecord([self.path], "graph", note=f"left as captured: {_first_line(error)}"))
             record.region.nodes_before = record.region.nodes_after = len(module.graph.nodes)
             self.report.notes.append(f"{self.path or '(top)'}: rewriting failed, runs as captured: {_first_line(error)}")

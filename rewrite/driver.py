@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import graph as g
-from .expr import View
+from .expr import Expr, View
 from .match import Match, Miss, find
 from .report import NearMiss, Refusal, Rewrite
 from .rule import RewriteRule
@@ -100,13 +100,13 @@ def _matches(rule: RewriteRule, view: View, node: fx.Node, miss: Miss) -> Iterat
     if node.op not in ("call_function", "call_method"):
         return
     target = view.of(node)
-    if target.op in ("cast", "leaf") or target.node is not node:
+    if not isinstance(target, Expr) or target.op in ("cast", "leaf") or target.node is not node:
         return
     for pattern in rule.patterns:
         if pattern.root.op != target.op:
             continue
         for outputs, bindings in find(pattern, target, miss):
-            match = Match(pattern, (node, *outputs[1:]), bindings)
+            match = Match(pattern, (node, *outputs[1:]), bindings, anchor=node)
             if rule.absorb_cast:
                 match.outputs = (_through_casts(node), *match.outputs[1:])
             match.nodes = g.backward_slice(match.outputs, match.inputs())
@@ -165,7 +165,7 @@ def _replace(
     if problem is not None:
         g.erase_dead(new)
         return rule.refuse(match, problem)
-    path, place = g.module_path(match.root), g.source(match.root)
+    path, place = g.module_path(match.anchor), g.source(match.anchor)
     outcome.rewrites.append(Rewrite(rule.name, path, place, *commit(change), error))
     return None
 
@@ -182,7 +182,7 @@ def _build(graph: fx.Graph, rule: RewriteRule, match: Match) -> tuple[tuple[fx.N
     outputs = tuple(r.node for r in (result if isinstance(result, tuple) else (result,)))
     new = [n for n in graph.nodes if n not in before]
     for node in new:
-        node.meta = {k: v for k, v in match.root.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        node.meta = {k: v for k, v in match.anchor.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
         node.meta["val"] = fake_run(node)
     return outputs, new
 

@@ -23,6 +23,10 @@ class CaptureError(WeftError, RuntimeError):
     """A call broke an assumption that a captured graph rests on and that no guard checks."""
 
 
+class InternalError(WeftError, RuntimeError):
+    """weft itself failed where the model alone does not: a bug, with the original error as its cause."""
+
+
 class UndoError(WeftError, RuntimeError):
     """``undo`` cannot restore the model: weft never optimized it, or its former weights were not kept."""
 

@@ -11,9 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from .errors import ExampleInputsError
-from .example_media import Media, describe_failure, find_setting, media_for, trial
+from .example_layouts import find_setting
+from .example_media import Media, describe_failure, media_for, summary, trial
 
 IGNORED = -100
+BEFORE = 3
+"""Words before the first placeholder."""
+SECOND_TEXTS = frozenset(("qformer_input_ids",))
+"""Texts that the encoder of an image reads, too."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,16 @@ def make_examples(model: nn.Module, mode: str, scale: Scale = Scale()) -> list[d
     if "use_cache" in known:
         made["use_cache"] = False
     made |= _targets(model, config, known, made, scale)
-    padded = _padded(config, known, made)
+    padded = _padded(config, known, made, scale)
     return [made, padded] if padded else [made]
 
 
 def _inputs(model: nn.Module, config: Any, known: frozenset[str], scale: Scale) -> dict[str, Any]:
     """Everything but labels and masks, with the images or sounds in the first layout that ``model`` takes."""
-    choices = media_for(model, known, scale.batch, scale.generator())
+    beside = {n: _draw_ids(model, config, scale.batch, scale.target_length, scale.generator()) for n in known & SECOND_TEXTS}
+    choices = media_for(model, known, scale.batch, scale.generator(), beside)
     made = [_with_text(model, config, known, media, scale) for media in choices]
+    made = [m for i, m in enumerate(made) if not any(_same_shapes(m, other) for other in made[:i])]
     if len(made) == 1:
         return made[0]
     reasons = []
@@ -68,9 +75,13 @@ def _inputs(model: nn.Module, config: Any, known: frozenset[str], scale: Scale) 
             return inputs
         reasons.append(describe_failure(inputs, outcome))
     raise ExampleInputsError(
-        f"{type(model).__name__} takes none of the example inputs that its config suggests ({'; '.join(reasons)}): "
+        f"{type(model).__name__} takes none of the example inputs that its config suggests ({summary(reasons)}): "
         "pass optimize(model, example_inputs={...})"
     )
+
+
+def _same_shapes(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    return {k: getattr(v, "shape", v) for k, v in a.items()} == {k: getattr(v, "shape", v) for k, v in b.items()}
 
 
 def _with_text(model: nn.Module, config: Any, known: frozenset[str], media: Media, scale: Scale) -> dict[str, Any]:
@@ -78,8 +89,6 @@ def _with_text(model: nn.Module, config: Any, known: frozenset[str], media: Medi
     if "input_ids" in known:
         made["input_ids"] = _token_ids(model, config, media, scale)
         made |= {name: make(made, media) for name, make in ALONGSIDE.items() if name in known and media.inputs}
-    if "qformer_input_ids" in known:
-        made["qformer_input_ids"] = _draw_ids(model, config, scale.batch, scale.target_length, scale.generator())
     if bool(getattr(config, "is_encoder_decoder", False)) and "decoder_input_ids" in known:
         made["decoder_input_ids"] = _draw_ids(model, config, scale.batch, scale.target_length, scale.generator())
     if not made:
@@ -92,7 +101,15 @@ def _with_text(model: nn.Module, config: Any, known: frozenset[str], media: Medi
 
 def _marks(made: Mapping[str, Any], media: Media) -> Tensor:
     """1 where a placeholder stands."""
-    return (made["input_ids"] == (-1 if media.token is None else media.token)).long()
+    marks = torch.zeros_like(made["input_ids"])
+    start = BEFORE + len(media.opening)
+    marks[:, start : start + media.count] = 1
+    return marks
+
+
+def _boxes(made: Mapping[str, Any], media: Media) -> Tensor:
+    """A place on the page for every token."""
+    return torch.ones_like(made["input_ids"])[..., None].expand(-1, -1, 4).contiguous()
 
 
 def _sees_all(*trailing: str) -> Callable[[Mapping[str, Any], Media], Tensor]:
@@ -110,6 +127,7 @@ ALONGSIDE: dict[str, Callable[[Mapping[str, Any], Media], Tensor]] = {
     "token_type_ids": _marks,
     "mm_token_type_ids": _marks,
     "image_embeds_position_mask": _marks,
+    "bbox": _boxes,
     "image_attention_mask": _sees_all(),
     "cross_attention_mask": _sees_all("tiles"),
 }
@@ -119,11 +137,11 @@ ALONGSIDE: dict[str, Callable[[Mapping[str, Any], Media], Tensor]] = {
 def _token_ids(model: nn.Module, config: Any, media: Media, scale: Scale) -> Tensor:
     """Random ids, with the placeholders of the images or sounds after the first few."""
     ids = _draw_ids(model, config, scale.batch, scale.length, scale.generator())
-    if media.token is None:
+    if not media.count:
         return ids
     inner = [*media.opening, *[media.token] * media.count, *media.closing]
     marks = torch.tensor(inner, device=ids.device).expand(scale.batch, -1)
-    return torch.cat([ids[:, :3], marks, ids[:, 3:]], dim=1)
+    return torch.cat([ids[:, :BEFORE], marks, ids[:, BEFORE:]], dim=1)
 
 
 def _draw_ids(model: nn.Module, config: Any, batch: int, length: int, generator: torch.Generator) -> Tensor:
@@ -190,12 +208,12 @@ def _class_labels(model: nn.Module, config: Any, made: Mapping[str, Any]) -> Ten
     return torch.zeros(shape, dtype=logits.dtype if regression else torch.long, device=logits.device)
 
 
-def _padded(config: Any, known: frozenset[str], made: Mapping[str, Any]) -> dict[str, Any] | None:
-    """``made`` with the last quarter of the last row padded; None where nothing takes a mask."""
+def _padded(config: Any, known: frozenset[str], made: Mapping[str, Any], scale: Scale) -> dict[str, Any] | None:
+    """``made`` with the last words of the last row padded; None where nothing takes a mask."""
     ids = made.get("input_ids")
     if "attention_mask" not in known or ids is None or ids.ndim != 2:
         return None
-    cut = max(1, ids.shape[1] - max(2, ids.shape[1] // 4))
+    cut = ids.shape[1] - max(2, scale.length // 4)
     padded = dict(made) | {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)}
     padded["attention_mask"][-1, cut:] = 0
     padded["input_ids"][-1, cut:] = _pad_id(config)
@@ -206,8 +224,10 @@ def _padded(config: Any, known: frozenset[str], made: Mapping[str, Any]) -> dict
 
 
 def _pad_id(config: Any) -> int:
-    found = find_setting(config, "pad_token_id")
-    return found if isinstance(found, int) and found >= 0 else 0
+    """The padding token, where it is one of the vocabulary."""
+    found = getattr(config.get_text_config(), "pad_token_id", None)
+    found = find_setting(config, "pad_token_id") if found is None else found
+    return found if isinstance(found, int) and 0 <= found < find_setting(config, "vocab_size") else 0
 
 
 def check_examples(inputs: Any) -> list[Mapping[str, Any]]:

@@ -33,11 +33,16 @@ class Miss:
 
 @dataclass
 class Match:
-    """A pattern found: graph nodes (or constants, or None) for its wildcards, and nodes for its outputs."""
+    """A pattern found: graph nodes (or constants, or None) for its wildcards, and nodes for its outputs.
+
+    ``anchor`` is the node that the pattern's last operation matched: the root, but for casts taken in behind it, which may
+    stand in another module.
+    """
 
     pattern: Pattern
     outputs: tuple[fx.Node, ...]
     bindings: Bindings
+    anchor: fx.Node
     nodes: list[fx.Node] = field(default_factory=list)
 
     @property

@@ -53,7 +53,7 @@ def plan_sites(root: nn.Module, prefix: str = "") -> Plan:
     inline = {p for p in blocks if next(a for a in _ancestors(p) if a in holders) == ""}
     sites = [Site(_join(prefix, p), m, "inline" if p in inline else "region") for p, m in blocks.items()]
     sides = {h: [Site(_join(prefix, p), m, "region") for p, m in _side_modules(h, holders[h], blocks)] for h in holders}
-    opaque = [Site(_join(prefix, p), m, "opaque") for p, m in _outermost(holders)]
+    opaque = [Site(_join(prefix, p), m, "opaque") for p, m in holders.items() if p]
     inner = [site for h, found in sides.items() if h for site in found]
     top = Site(prefix, root, "region")
     if "" not in direct:
@@ -112,12 +112,6 @@ def _side_modules(path: str, holder: nn.Module, blocks: dict[str, nn.Module]) ->
         inside = any(b == full or b.startswith(full + ".") for b in blocks)
         if not inside and _has_forward(child) and any(True for _ in child.parameters()):
             yield full, child
-
-
-def _outermost(holders: dict[str, nn.Module]) -> list[tuple[str, nn.Module]]:
-    """The holders just below the root: where the captured root's graph is interrupted."""
-    below = [p for p in holders if p]
-    return [(p, holders[p]) for p in below if not any(p.startswith(q + ".") for q in below if q != p)]
 
 
 def _once(sites: list[Site]) -> list[Site]:

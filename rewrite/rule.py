@@ -56,7 +56,7 @@ class RewriteRule:
 
     def refuse(self, m: Match, reason: str) -> Refusal:
         """The refusal of this rule at ``m``."""
-        return Refusal(self.name, module_path(m.root), source(m.root), reason)
+        return Refusal(self.name, module_path(m.anchor), source(m.anchor), reason)
 
 
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:

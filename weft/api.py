@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from weft.passes.defaults import default_passes
 from weft.rewrite.capture import Session
 from weft.rewrite.check import check_model
-from weft.rewrite.errors import ExampleInputsError, OptionError, UndoError, WeftError
+from weft.rewrite.errors import ExampleInputsError, InternalError, OptionError, UndoError, WeftError
 from weft.rewrite.examples import check_examples, make_examples
 from weft.rewrite.install import Installation
 from weft.rewrite.pipeline import Pass
@@ -71,9 +71,9 @@ def optimize(
             installation.install(site)
         if rest:
             _run_examples(model, examples, mode)
-    except BaseException:
+    except Exception as error:
         installation.remove_all()
-        raise
+        raise (error if isinstance(error, WeftError) else _explain(error, model, examples, mode)) from error
     rewriting = report.total_seconds
     report.total_seconds = time.perf_counter() - started
     report.capture_seconds = report.total_seconds - rewriting
@@ -121,14 +121,20 @@ def _run_examples(model: nn.Module, examples: Sequence[Mapping[str, Any]], mode:
     """Capture by running: the model's random state, buffers, mode and gradients stay as they were."""
     with _preserved(model, training=mode == "train"), torch.set_grad_enabled(mode == "train"):
         for inputs in examples:
-            try:
-                model(**inputs)
-            except WeftError:
-                raise
-            except Exception as error:
-                raise ExampleInputsError(
-                    f"the model's forward failed on the example inputs ({', '.join(inputs)}): {type(error).__name__}: {error}"
-                ) from error
+            model(**inputs)
+
+
+def _explain(error: Exception, model: nn.Module, examples: Sequence[Mapping[str, Any]], mode: str) -> WeftError:
+    """Whose fault ``error`` was: the example inputs', if the model alone (as it is again by now) fails on them too."""
+    try:
+        _run_examples(model, examples, mode)
+    except Exception as own:
+        names = ", ".join(dict.fromkeys(name for inputs in examples for name in inputs))
+        return ExampleInputsError(
+            f"the model's forward fails on the example inputs ({names}): {type(own).__name__}: {own}; "
+            "pass optimize(model, example_inputs={...}) that it takes"
+        )
+    return InternalError(f"capturing {type(model).__name__} failed, though it runs by itself: {type(error).__name__}: {error}")
 
 
 @contextmanager

@@ -28,7 +28,7 @@ cases = settings(
     suppress_health_check=[HealthCheck.too_slow],
 )
 
-LEADS = ((), (0,), (1,), (2,), (5,), (2, 2), (1, 4), (3, 1), (2, 0, 3), (2, 3, 2), (2, 1, 2, 2))
+LEADS = ((), (0,), (1,), (2,), (5,), (2, 2), (1, 4), (3, 1), (2, 0, 3), (2, 2, 2), (2, 1, 2, 2))
 LAYOUTS = ("plain", "sliced", "transposed", "reversed", "columns", "expanded")
 
 
@@ -88,7 +88,8 @@ def vectors(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Tensor | None:
 @st.composite
 def block_sizes(draw: st.DrawFn) -> dict[str, int]:
     """As they are, or so small that a row is walked in blocks and a program takes several blocks of rows."""
-    return draw(st.sampled_from(({}, {"LONGEST": 16}, {"TILE": 16}, {"LONGEST": 32, "TILE": 64})))
+    few = {"TILE": 64, "RESIDENT_WARPS": 2}
+    return draw(st.sampled_from(({}, {}, {"LONGEST": 32}, few, {"LONGEST": 32, **few})))
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 from unittest.mock import patch
 
@@ -31,7 +32,12 @@ LAYOUTS = ("contiguous", "half", "transposed", "stepped", "expanded")
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 every_activation = pytest.mark.parametrize("activation", ACTIVATIONS)
-many = settings(max_examples=300, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(
+    max_examples=int(os.environ.get("WEFT_EXAMPLES", "300")),
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 def normal(

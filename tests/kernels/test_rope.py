@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 from unittest.mock import patch
 
@@ -24,7 +25,12 @@ LAYOUTS = ("contiguous", "transposed", "sliced", "reversed", "expanded")
 both = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 pairing = pytest.mark.parametrize("interleaved", (False, True))
-many = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=list(HealthCheck))
+many = settings(
+    max_examples=int(os.environ.get("WEFT_EXAMPLES", "300")),
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
 
 
 def normal(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous", seed: int = 0) -> Tensor:
@@ -342,3 +348,13 @@ def test_compiles_with_dynamic_shapes(implementation: Backend, interleaved: bool
 def test_refuses_what_does_not_fit(q: Any, k: Any, cos: Any, sin: Any, rotary_dim: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         rope(torch.zeros(q), torch.zeros(k), torch.zeros(cos), torch.zeros(sin), rotary_dim=rotary_dim)
+
+
+def test_refuses_other_devices_and_dtypes() -> None:
+    x, table = torch.zeros(2, 4, 8), torch.zeros(4, 8)
+    with pytest.raises(ValueError, match="cpu, meta and cpu"):
+        rope_single(x, table.to("meta"), table)
+    with pytest.raises(ValueError, match="agree in dtype"):
+        rope(x, x.half(), table, table)
+    with pytest.raises(ValueError, match="floating-point"):
+        rope_single(x.int(), table, table)

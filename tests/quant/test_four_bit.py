@@ -82,6 +82,13 @@ def test_codes_may_be_stored_in_another_dtype() -> None:
     assert torch.equal(dequantize(*stored, torch.float32), dequantize(*plain, torch.float32))
 
 
+def test_codes_in_another_order_are_refused() -> None:
+    packed, state = B.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
+    state.packing_format_for_cpu = True
+    with pytest.raises(ValueError, match="CPU order"):
+        from_quant_state(packed, state)
+
+
 def test_a_dense_layout_is_refused() -> None:
     with pytest.raises(ValueError, match="rows:2:3:0:0 is not a 4-bit layout"):
         dequantize([torch.ones(2, 3)], Layout("rows", 2, 3), torch.float32)
