@@ -1,89 +1,24 @@
 """The models that the training benchmark compares: one architecture, random weights, LoRA on all linears, by arm.
 
-``hf`` (transformers + PEFT), ``regional`` (each decoder layer under ``torch.compile``), ``compile`` (the whole model),
-``weft``, ``unsloth``, ``liger``; with ``_nf4`` over a 4-bit base. All start from the same weights and adapters.
+All arms start from the same weights and adapters.
 """
 
 from __future__ import annotations
 
 import math
-import tempfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-ARMS = ("hf", "regional", "compile", "weft", "unsloth", "liger")
+from .arm_settings import SHAPES, TOKENS, Setting
+
 RANK = 16
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-
-_TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
-    "llama8b": ("LlamaConfig", {
-        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192,
-        "tie_word_embeddings": False,
-    }),
-    "qwen1.5b": ("Qwen2Config", {
-        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
-        "num_key_value_heads": 2, "vocab_size": 151936, "rope_theta": 1000000.0, "max_position_embeddings": 32768,
-        "tie_word_embeddings": True,
-    }),
-    "tiny": ("LlamaConfig", {
-        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
-        "num_key_value_heads": 2, "vocab_size": 640, "max_position_embeddings": 512, "tie_word_embeddings": False,
-    }),
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What one arm trains, and how."""
-
-    arm: str
-    shape: str = "llama8b"
-    layers: int | None = None
-    batch: int = 4
-    length: int = 2048
-    steps: int = 6
-    warmup: int = 3
-    checkpointing: bool = False
-    verify: bool = True
-    models: str = ""
-
-    @property
-    def base(self) -> str:
-        """The arm without its number format."""
-        return self.arm.removesuffix("_nf4")
-
-    @property
-    def nf4(self) -> bool:
-        """Whether the base weights are stored in 4 bits."""
-        return self.arm.endswith("_nf4")
-
-    @property
-    def folder(self) -> Path:
-        """Where the random model is saved for the arms that load one."""
-        root = Path(self.models) if self.models else Path(tempfile.gettempdir()) / "weft-benchmark-models"
-        return root / (self.shape if self.layers is None else f"{self.shape}-{self.layers}")
-
-    @property
-    def loads(self) -> bool:
-        """Whether the arm reads its model from disk, where quantization and Unsloth expect it."""
-        return self.nf4 or self.base == "unsloth"
-
-
-def missing(arm: str) -> str | None:
-    """The package that ``arm`` needs and that is not installed."""
-    needed = {"unsloth": ["unsloth"], "liger": ["liger_kernel"]}.get(arm.removesuffix("_nf4"), [])
-    needed += ["bitsandbytes"] if arm.endswith("_nf4") else []
-    return next((package for package in (*needed, "peft") if find_spec(package) is None), None)
 
 
 def device() -> torch.device:
@@ -97,7 +32,7 @@ def config_of(setting: Setting) -> Any:
 
     name, fields = SHAPES[setting.shape]
     layers = {} if setting.layers is None else {"num_hidden_layers": setting.layers}
-    return getattr(transformers, name)(**fields | layers | _TOKENS)
+    return getattr(transformers, name)(**fields | layers | TOKENS)
 
 
 @contextmanager
@@ -164,7 +99,7 @@ def _lora() -> dict[str, Any]:
 
 
 def _unsloth(setting: Setting) -> Any:
-    from unsloth import FastLanguageModel
+    from unsloth import FastLanguageModel  # pyright: ignore[reportMissingImports]
 
     checkpointing = "unsloth" if setting.checkpointing else False
     model, _ = FastLanguageModel.from_pretrained(
@@ -193,7 +128,7 @@ def _peft(setting: Setting) -> Any:
 
 
 def _apply_liger(setting: Setting) -> None:
-    import liger_kernel.transformers as liger
+    import liger_kernel.transformers as liger  # pyright: ignore[reportMissingImports]
 
     llama = SHAPES[setting.shape][0] == "LlamaConfig"
     (liger.apply_liger_kernel_to_llama if llama else liger.apply_liger_kernel_to_qwen2)()
@@ -203,11 +138,13 @@ def _load(setting: Setting) -> Any:
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     quantization = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=torch.bfloat16
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
     )  # fmt: skip
     where = {"": 0} if device().type == "cuda" else {"": "cpu"}
     return AutoModelForCausalLM.from_pretrained(
-        save(setting), dtype=torch.bfloat16, device_map=where, attn_implementation="sdpa", quantization_config=quantization
+        save(setting), dtype=torch.bfloat16, device_map=where, attn_implementation="sdpa",
+        quantization_config=quantization,
     )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from .coverage_models import types
-from .coverage_table import write_table
+from .coverage_table import is_whole, write_table
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "benchmarks" / "results" / "coverage.json"
@@ -30,7 +30,7 @@ def main() -> None:
     """Run the types that were asked for, and write results and table."""
     options = _options()
     known = read_results()
-    todo = [t for t in types() if _wanted(t, options, known)]
+    todo = [t for t in types() if _wanted(t, options, known)][: options.first]
     print(f"{len(todo)} types")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
@@ -49,15 +49,17 @@ def _options() -> argparse.Namespace:
     parser.add_argument("names", nargs="*", help="types or kinds (decoder, image-text, ...); all, if none are given")
     parser.add_argument("--jobs", type=int, default=1, help="types at a time")
     parser.add_argument("--limit", type=float, default=240.0, help="seconds for one type")
-    parser.add_argument("--only", nargs="*", default=[], help="outcomes to run again: new, equal, wrong, refused, ...")
+    parser.add_argument("--first", type=int, help="at most so many types")
+    parser.add_argument("--only", nargs="*", default=[], help="those that are new, equal, partial, wrong, refused, ...")
     return parser.parse_args()
 
 
 def _wanted(entry: tuple[str, str, str], options: argparse.Namespace, known: dict[Key, dict[str, Any]]) -> bool:
     kind, name, model = entry
-    outcome = known.get((name, model), {}).get("outcome", "new")
+    row = known.get((name, model), {"outcome": "new"})
+    partial = "partial" in options.only and row["outcome"] == "equal" and not is_whole(row)
     named = not options.names or kind in options.names or name in options.names
-    return named and (not options.only or outcome in options.only)
+    return named and (not options.only or partial or row["outcome"] in options.only)
 
 
 def run_apart(context: Any, entry: tuple[str, str, str], limit: float) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 import weft
-from weft.rewrite.errors import ExampleInputsError, WeftError
+from weft.rewrite.errors import InternalError, WeftError
 from weft.rewrite.examples import Scale, make_examples
 
 from .coverage_models import tiny_model
@@ -81,8 +81,7 @@ def measure(kind: str, name: str, class_name: str) -> Row:
     except Excluded as error:
         row.reason = str(error)
     except WeftError as error:
-        failed_inside = isinstance(error, ExampleInputsError) and error.__cause__ is not None
-        row.outcome, row.reason = "error" if failed_inside else "refused", describe(error)
+        row.outcome, row.reason = "error" if isinstance(error, InternalError) else "refused", describe(error)
     except Exception as error:
         row.outcome, row.reason = "error", describe(error)
     row.seconds = round(time.perf_counter() - started, 1)
@@ -127,8 +126,14 @@ def _adapted(base: nn.Module) -> nn.Module:
     linears = [n for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
     if not linears:
         raise Excluded("it has no linear layer to adapt")
-    config = LoraConfig(r=4, lora_alpha=8, target_modules=linears, init_lora_weights=False, lora_dropout=0.0)
-    model = get_peft_model(base, config)
+    options = {"r": 4, "lora_alpha": 8, "init_lora_weights": False, "lora_dropout": 0.0}
+    try:
+        model = get_peft_model(base, LoraConfig(target_modules=linears, **options))
+    except ValueError as error:
+        if "incompatible with Mamba" not in str(error):
+            raise
+        linears = [n for n in linears if not n.endswith("out_proj")]
+        model = get_peft_model(base, LoraConfig(target_modules=linears, **options))
     for module in model.modules():
         if "Norm" in type(module).__name__:
             for parameter in module.parameters(recurse=False):

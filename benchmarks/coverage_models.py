@@ -32,6 +32,7 @@ PREREQUISITES: dict[str, dict[str, Any]] = {
 }
 """What some default configs need to be valid at all."""
 
+ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 
 OVERRIDES: dict[str, dict[str, Any]] = {
@@ -73,11 +74,38 @@ OVERRIDES: dict[str, dict[str, Any]] = {
         "text_config": {"cross_attention_layers": [1], "num_hidden_layers": 4},
         "vision_config": {"intermediate_layers_indices": [0], "supported_aspect_ratios": None, "vision_output_dim": 128},
     },
-    "paddleocr_vl": {"text_config": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}}},
+    "paddleocr_vl": {"text_config": {"rope_parameters": ROTATION | {"mrope_section": [2, 3, 3]}}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     "qwen2_5_omni_thinker": {"vision_start_token_id": 240},
     "qwen3_omni_moe_thinker": {"vision_start_token_id": 240},
     "vipllava": {"vision_feature_layers": [-1, -2]},
+    "cohere_compass_text": {
+        "num_hidden_layers": 4,
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+        "rope_parameters": dict.fromkeys(("sliding_attention", "full_attention"), ROTATION),
+    },
+    "ernie4_5_vl_moe": {"text_config": {"rope_parameters": ROTATION | {"mrope_section": [3, 3, 2]}}},
+    "step3p7": {"text_config": {"sliding_window": 8}},
+    "unlimited_ocr": {"vision_config": {"sam_config": {"downsample_channels": [32, 64]}}},
+    "deepseek_ocr2": {
+        "text_config": {"mlp_layer_types": ["dense", "sparse"], "num_experts_per_tok": 2},
+        "vision_config": {"sam_config": {"downsample_channels": [32, 64]}},
+    },
+    "muse_glimmer": {"out_hidden_size": 256},
+    "nemotron_h_omni": {"image_token_id": 255, "vision_config": {"video_temporal_patch_size": 2}},
+    "esm": {"vocab_size": 64, "pad_token_id": 1, "mask_token_id": 32},
+    "ReformerForMaskedLM": {"is_decoder": False, "axial_pos_embds": False, "num_buckets": 4},
+    "moonshine_streaming": {"num_key_value_heads": 4},
+    # towers whose widths are lists
+    "florence2": {
+        "vision_config": {
+            "embed_dim": [16, 32, 32, 64], "num_heads": [2] * 4, "num_groups": [2] * 4, "depths": [1] * 4,
+        },
+    },
+    "janus": {"vq_config": {"base_channels": 32, "channel_multiplier": [1, 1], "num_res_blocks": 1}},
+    "perceiver": {"d_latents": 64, "num_latents": 8, "num_self_attends_per_block": 2},
+    "granite_speech": {"encoder_config": {"hidden_dim": 64}},
+    "granite_speech_plus": {"encoder_config": {"hidden_dim": 64}},
     # tables that no size in the config bounds
     "blt": {"encoder_hash_byte_group_vocab": 128},
     "gemma3n_text": {"num_kv_shared_layers": 0},
@@ -85,8 +113,9 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4},
     "xmod": {"default_language": "en_XX"},
 }
+OVERRIDES["cohere_compass"] = {"text_config": OVERRIDES["cohere_compass_text"]}
 OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
-"""Type → fields whose values no pattern can give."""
+"""Type (or class) → fields whose values no pattern can give."""
 
 SIZES: tuple[tuple[str, int], ...] = (
     (r"(index|indexer)_head_dim$", 32),
@@ -131,7 +160,7 @@ def types(kinds: Mapping[str, str] = MAPPINGS) -> list[tuple[str, str, str]]:
 def tiny_model(name: str, class_name: str) -> PreTrainedModel:
     """A randomly initialized model of class ``class_name`` with the shrunk default config of type ``name``."""
     model_class = getattr(transformers, class_name)
-    overrides = OVERRIDES.get(name, {})
+    overrides = OVERRIDES.get(class_name, OVERRIDES.get(name, {}))
     config_class = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else model_class.config_class
     config = _shrink(config_class(**PREREQUISITES.get(name, {})), {}, overrides)
     if not isinstance(config, model_class.config_class):

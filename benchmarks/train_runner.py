@@ -13,10 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .arms import missing
+from .arm_settings import missing
 from .environment import write
 from .train_step import PREFIX, setting_of
 
+Finished = subprocess.CompletedProcess[str]
 FLAGS = ("shape", "layers", "batch", "length", "steps", "warmup", "models")
 
 
@@ -88,7 +89,7 @@ def _python(
     return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=True)
 
 
-def _last_line(finished: subprocess.CompletedProcess[str]) -> str:
+def _last_line(finished: Finished) -> str:
     return finished.stdout.strip().splitlines()[-1]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import tiny
@@ -42,9 +43,9 @@ def fine_tune(model: nn.Module, batches: list[torch.Tensor]) -> tuple[list[float
 
 def continue_greedily(model: nn.Module, prompt: torch.Tensor, count: int) -> list[int]:
     """The ``count`` most likely tokens after ``prompt``, one after the other."""
-    model.eval()
-    with torch.no_grad():
-        found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=count, do_sample=False)
+    options = {"max_new_tokens": count, "do_sample": False, "no_repeat_ngram_size": 4}
+    with tiny.without_gradients(model):
+        found = model.generate(input_ids=prompt, attention_mask=torch.ones_like(prompt), **options)
     return found[0, prompt.shape[1] :].tolist()
 
 
@@ -64,7 +65,7 @@ def print_curves(plain: list[float], rewritten: list[float]) -> float:
     return gap
 
 
-def compare(plain: Arm, rewritten: Arm, dtype: torch.dtype, decode: object) -> bool:
+def compare(plain: Arm, rewritten: Arm, dtype: torch.dtype, decode: Callable[[list[int]], str]) -> bool:
     """Print what both did; whether they agree."""
     gap = print_curves(plain.losses, rewritten.losses)
     print(f"median step: original {plain.step_seconds:.3f} s, optimized {rewritten.step_seconds:.3f} s")
@@ -80,7 +81,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=25)
     parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--tokens", type=int, default=40, help="tokens to generate")
+    parser.add_argument("--tokens", type=int, default=60, help="tokens to generate")
     options = parser.parse_args()
     device, dtype = tiny.device_and_dtype()
 

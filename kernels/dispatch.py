@@ -51,3 +51,8 @@ def _has_triton() -> bool:
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which an operator does its arithmetic: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def shaped(y: Tensor, *shape: int) -> Tensor:
+    """``y`` in another shape, as a tensor of its own: a model may write into an operator's result, not into a view of it."""
+    return torch.ops.aten._unsafe_view.default(y, list(shape))

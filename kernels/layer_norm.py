@@ -237,7 +237,8 @@ def _layer_norm_backward(
     if not x.numel():
         return _gradients(x, *needs)
     grads = (_launch_backward if R.kernel_runs(x) else _plain_backward)(grad, x, weight, mu, r, offset, needs)
-    dx, dweight, dbias = (x.new_empty(0) if grad is None else grad for grad in grads)
+    like = (x, mu, mu)
+    dx, dweight, dbias = (t.new_empty(0) if grad is None else grad for t, grad in zip(like, grads, strict=True))
     return dx, dweight, dbias
 
 
@@ -303,4 +304,4 @@ def layer_norm(
     """
     R.check(x, weight, bias)
     y, _, _ = _layer_norm(R.flat(x), weight, bias, eps, offset, dtype or x.dtype)
-    return y.view(x.shape)
+    return R.unflat(y, x)

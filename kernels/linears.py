@@ -86,11 +86,11 @@ def forward(x: Tensor, linears: list[Linear], dtype: torch.dtype) -> tuple[list[
                 column += linear.rank
             add_product(y, t, linear.b.t().to(dtype), linear.scale)
             ts.append(t)
-        ys.append(y.view(*lead, y.shape[-1]))
+        ys.append(shaped(y, *lead, y.shape[-1]))
     if not ts:
         return ys, None
     t = fused if len(ts) == len(shared) else joined(ts, 1)
-    return ys, t.view(*lead, t.shape[-1])
+    return ys, shaped(t, *lead, t.shape[-1])
 
 
 def backward(
@@ -116,10 +116,10 @@ def backward(
             part = matrix(t)[:, column : column + linear.rank]
             grads[b] = scaled_product(wide.t(), part, linear.scale).to(linear.b.dtype)
         if needs[z]:
-            grads[z] = (gs[i] @ linear.a.to(dtype)).view(*lead, linear.layout.in_features)
+            grads[z] = shaped(gs[i] @ linear.a.to(dtype), *lead, linear.layout.in_features)
         column += linear.rank
     if needs[0]:
-        grads[0] = _x_gradient(rows, linears, gs, dtype).view(*lead, linears[0].layout.in_features)
+        grads[0] = shaped(_x_gradient(rows, linears, gs, dtype), *lead, linears[0].layout.in_features)
     grads |= _a_gradients(x, linears, gs, dtype, needs)
     return [grads[i] for i, need in enumerate(needs) if need]
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .dispatch import shaped
 from .linears import add_product, matrix, scaled_product
 from .quant_linear import autocast_dtype, no_autocast
 
@@ -34,7 +35,7 @@ def _lora_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dtype
         t = matrix(x).to(dtype) @ a.t().to(dtype)
         out = y.clone(memory_format=torch.contiguous_format)
         add_product(out.view(t.shape[0], y.shape[-1]), t, b.t().to(dtype), scale)
-    return out, t.view(*x.shape[:-1], t.shape[-1])
+    return out, shaped(t, *x.shape[:-1], t.shape[-1])
 
 
 @_lora_update.register_fake
@@ -60,7 +61,7 @@ def _lora_update_backward(
         if needs[0] or needs[1]:
             g = scaled_product(wide, b.to(dtype), scale)
             if needs[0]:
-                grads.append((g @ a.to(dtype)).view(*dout.shape[:-1], a.shape[1]))
+                grads.append(shaped(g @ a.to(dtype), *dout.shape[:-1], a.shape[1]))
             if needs[1] and x is not None:
                 grads.append((g.t() @ matrix(x).to(dtype)).to(a.dtype))
         if needs[2] and t is not None:

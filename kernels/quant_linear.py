@@ -23,7 +23,7 @@ from torch import Tensor
 from ..quant import four_bit
 from ..quant.layout import Layout
 from .dequantize_4bit import arguments, block_scale, dequantized
-from .dispatch import use_triton
+from .dispatch import shaped, use_triton
 from .rows import rounded
 
 FEW_ROWS = 8
@@ -154,7 +154,7 @@ def _matvec(x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None
 def _quant_linear(x: Tensor, weight: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
     with no_autocast(x):
         y = product(x.reshape(-1, x.shape[-1]), weight, Layout.decode(layout), bias)
-    return y.view(*x.shape[:-1], y.shape[-1])
+    return shaped(y, *x.shape[:-1], y.shape[-1])
 
 
 @_quant_linear.register_fake
@@ -168,7 +168,7 @@ def _quant_linear_backward(dy: Tensor, weight: list[Tensor], layout: str, needs:
     shape, rows, grads = Layout.decode(layout), dy.reshape(-1, dy.shape[-1]), []
     with no_autocast(dy):
         if needs[0]:
-            grads.append((rows @ dense(weight, shape, dy.dtype)).view(*dy.shape[:-1], shape.in_features))
+            grads.append(shaped(rows @ dense(weight, shape, dy.dtype), *dy.shape[:-1], shape.in_features))
         if needs[1]:
             grads.append(rows.sum(0))
     return grads

@@ -156,4 +156,4 @@ def residual_rms_norm(
     norm.check_mode(eps_mode)
     dtype = dtype or torch.promote_types(x.dtype, residual.dtype)
     y, h, _ = _residual_rms_norm(R.flat(x), R.flat(residual), weight, eps, offset, eps_mode, dtype)
-    return y.view(x.shape), h.view(x.shape)
+    return R.unflat(y, x), R.unflat(h, x)

@@ -319,4 +319,4 @@ def rms_norm(
     R.check(x, weight)
     check_mode(eps_mode)
     y, _ = _rms_norm(R.flat(x), weight, eps, offset, eps_mode, dtype or x.dtype)
-    return y.view(x.shape)
+    return R.unflat(y, x)

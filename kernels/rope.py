@@ -181,13 +181,10 @@ def _head_dim(xs: list[Tensor], table: Tensor) -> int:
 
 def _tile(q_heads: int, k_heads: int, tokens: int, pairs: int) -> tuple[int, int, int]:
     """How many heads of q, heads of k, and tokens a program takes at a time; 0 heads of k skip k."""
-    most = max(TILE // pairs, 1)
-    q_block, k_block = (min(triton.next_power_of_2(max(h, 1)), most) for h in (q_heads, k_heads))
-    return (
-        q_block,
-        k_block if k_heads else 0,
-        min(max(most // max(q_block, k_block), 1), triton.next_power_of_2(tokens)),
-    )
+    rows = max(TILE // pairs, 1)
+    q_block, k_block = (min(triton.next_power_of_2(max(h, 1)), rows) for h in (q_heads, k_heads))
+    together = min(rows // max(q_block, k_block), triton.next_power_of_2(tokens))
+    return q_block, k_block if k_heads else 0, together
 
 
 def _turn(

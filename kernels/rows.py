@@ -60,6 +60,11 @@ def flat(x: Tensor) -> Tensor:
     return x if x.dim() <= 4 else x.flatten(0, -4)
 
 
+def unflat(y: Tensor, x: Tensor) -> Tensor:
+    """The norm of ``flat(x)`` in the shape of ``x``."""
+    return y if x.dim() <= 4 else y.view(x.shape)
+
+
 def layout(lead: Tensor, *others: Tensor) -> tuple[tuple[int, int], tuple[Strides, ...]]:
     """The last two of three joint leading sizes in the memory order of ``lead``, and the strides of each tensor.
 

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 
 from . import graph as g
@@ -192,7 +193,7 @@ def fake_run(node: fx.Node) -> Any:
     values = [v for n in node.all_input_nodes for v in _tensors(g.value(n))]
     mode = next((v.fake_mode for v in values if isinstance(v, FakeTensor)), None)
     args, kwargs = g.map_nodes((node.args, dict(node.kwargs)), g.value)
-    with mode or nullcontext():
+    with mode or nullcontext(), enable_python_dispatcher():  # composite operators take symbolic sizes only through it
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
         assert callable(node.target)

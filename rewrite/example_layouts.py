@@ -67,7 +67,7 @@ class Picture:
             area=find("patch_embed_hidden_size", default=channels * patch * patch),
             frames=find("temporal_patch_size", "patch_temporal", default=1),
             merge=find("spatial_merge_size", "merge_kernel_size", "merge_size", "downsample_factor", default=2),
-            size=find("image_size", "crop_size", default=4 * patch),
+            size=find("image_size", "crop_size", default=max(4 * patch, 64)),
             tiles=find("max_num_tiles", "num_frames", default=4),
         )
 
@@ -76,7 +76,7 @@ def image_layouts(config: Any, known: frozenset[str], batch: int, draw: Draw) ->
     """One small image a row, in each layout that goes with the parameters ``known``."""
     picture = Picture.of(config)
     patches = list(_patches(picture, batch, draw))
-    packed = bool(known & (GRIDS | {"flattened_patches"})) or not hasattr(vision_part(config), "image_size")
+    packed = bool(known & (GRIDS | {"flattened_patches"}))
     if packed:
         yield from patches
     small = 2 * picture.merge * picture.patch

@@ -87,19 +87,19 @@ def _accepted(
     beside: Inputs,
     otherwise: Sequence[Media] = (),
 ) -> list[Media]:
-    """The first layout that the encoder takes; all where there is no encoder to ask; ``otherwise`` if it takes none."""
+    """The first layout that the encoder takes, or all where there is no encoder to ask; then ``otherwise``."""
     encode = next((getattr(m, sort.encode) for m in model.modules() if hasattr(m, sort.encode)), None)
     offered = [{k: v for k, v in layout.items() if k in known} | beside for layout in layouts]
     offered = [layout for layout in offered if set(layout) & set(sort.parameters)]
     if encode is None:
         count = find_setting(model.config, *COUNTS) or 1
-        return [_media(model.config, sort, layout, count, known) for layout in offered]
+        return [*(_media(model.config, sort, layout, count, known) for layout in offered), *otherwise]
     reasons: list[str] = []
     for layout in offered:
         for given in _arguments(encode, layout):
             outcome = trial(model, lambda given=given: encode(**given))
             if not isinstance(outcome, Exception):
-                return [_media(model.config, sort, layout, _rows(outcome) // batch, known)]
+                return [_media(model.config, sort, layout, _rows(outcome) // batch, known), *otherwise]
             reasons.append(describe_failure(given, outcome))
     if otherwise:
         return list(otherwise)

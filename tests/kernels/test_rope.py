@@ -268,7 +268,9 @@ def test_turns_back_only_what_needs_it(implementation: Backend) -> None:
     with backend(implementation), patch.object(module, "_turn", count):
         torch.autograd.grad(rope(q, k.detach(), cos, sin)[0].sum(), q)
         unused = torch.autograd.grad(rope(q, k, cos, sin)[1].sum(), (q, k), allow_unused=True)
-    assert counts == [2, 1, 2, 1]
+        learning = cos.clone().requires_grad_()
+        torch.autograd.grad(rope(q.detach(), k.detach(), learning, sin)[0].sum(), learning)
+    assert counts == [2, 1, 2, 1, 2]
     assert unused[0] is None and unused[1] is not None
 
 

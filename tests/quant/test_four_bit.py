@@ -85,7 +85,7 @@ def test_codes_may_be_stored_in_another_dtype() -> None:
 def test_codes_in_another_order_are_refused() -> None:
     packed, state = B.quantize_4bit(torch.randn(8, 64), quant_type="nf4")
     state.packing_format_for_cpu = True
-    with pytest.raises(ValueError, match="CPU order"):
+    with pytest.raises(ValueError, match="CPU product"):
         from_quant_state(packed, state)
 
 

@@ -1,0 +1,77 @@
+"""What the training benchmark can run: arms, shapes, and the options of one run. Free of torch, so that an arm whose
+library must be imported first can be chosen before.
+
+``hf`` (transformers + PEFT), ``regional`` (each decoder layer under ``torch.compile``), ``compile`` (the whole model),
+``weft``, ``unsloth``, ``liger``; with ``_nf4`` over a 4-bit base.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+ARMS = ("hf", "regional", "compile", "weft", "unsloth", "liger")
+TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama8b": ("LlamaConfig", {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 8, "vocab_size": 128256, "rope_theta": 500000.0, "max_position_embeddings": 8192,
+        "tie_word_embeddings": False,
+    }),
+    "qwen1.5b": ("Qwen2Config", {
+        "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28, "num_attention_heads": 12,
+        "num_key_value_heads": 2, "vocab_size": 151936, "rope_theta": 1000000.0, "max_position_embeddings": 32768,
+        "tie_word_embeddings": True,
+    }),
+    "tiny": ("LlamaConfig", {
+        "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+        "num_key_value_heads": 2, "vocab_size": 640, "max_position_embeddings": 512, "tie_word_embeddings": False,
+    }),
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one arm trains, and how."""
+
+    arm: str
+    shape: str = "llama8b"
+    layers: int | None = None
+    batch: int = 4
+    length: int = 2048
+    steps: int = 6
+    warmup: int = 3
+    checkpointing: bool = False
+    verify: bool = True
+    models: str = ""
+
+    @property
+    def base(self) -> str:
+        """The arm without its number format."""
+        return self.arm.removesuffix("_nf4")
+
+    @property
+    def nf4(self) -> bool:
+        """Whether the base weights are stored in 4 bits."""
+        return self.arm.endswith("_nf4")
+
+    @property
+    def folder(self) -> Path:
+        """Where the random model is saved for the arms that load one."""
+        root = Path(self.models) if self.models else Path(tempfile.gettempdir()) / "weft-benchmark-models"
+        return root / (self.shape if self.layers is None else f"{self.shape}-{self.layers}")
+
+    @property
+    def loads(self) -> bool:
+        """Whether the arm reads its model from disk, where quantization and Unsloth expect it."""
+        return self.nf4 or self.base == "unsloth"
+
+
+def missing(arm: str) -> str | None:
+    """The package that ``arm`` needs and that is not installed."""
+    needed = {"unsloth": ["unsloth"], "liger": ["liger_kernel"]}.get(arm.removesuffix("_nf4"), [])
+    needed += ["bitsandbytes"] if arm.endswith("_nf4") else []
+    return next((package for package in (*needed, "peft") if find_spec(package) is None), None)

@@ -1,0 +1,119 @@
+"""Trains one arm of :mod:`benchmarks.train_step` for a few steps and says how long they took."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+
+from .arm_settings import Setting
+from .arms import build, device
+
+
+def run_arm(setting: Setting) -> dict[str, Any]:
+    """Build one arm and train it."""
+    started = time.perf_counter()
+    model = build(setting)
+    _wait()
+    found: dict[str, Any] = {"arm": setting.arm, "load_s": round(time.perf_counter() - started, 2)}
+    found["base_gib"] = _gib("memory_allocated")
+    _reset_peak()
+    if setting.base == "weft":
+        found |= _optimize(model, setting)
+        found["optimize_peak_gib"] = _gib("max_memory_allocated")
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+    found |= _train(model, optimizer, setting)
+    found["first_s"] = round(found["first_step_s"] + found.get("optimize_s", 0.0), 3)
+    if setting.base == "weft":
+        found |= _report(model)
+    return found
+
+
+def _optimize(model: Any, setting: Setting) -> dict[str, Any]:
+    """In the same autocast as the training, so that the examples capture the graphs that the training runs."""
+    from weft import optimize
+
+    started = time.perf_counter()
+    with _autocast():
+        optimize(model, mode="train", verify=setting.verify)
+    _wait()
+    return {"optimize_s": round(time.perf_counter() - started, 3)}
+
+
+def _report(model: Any) -> dict[str, Any]:
+    """What was rewritten by the end of the training, in figures."""
+    report = model.rewrite_report
+    return {
+        "rewrites": dict(Counter(r.rule for r in report.rewrites)),
+        "refusals": dict(Counter(f"{r.rule}: {r.reason}" for r in report.refusals)),
+        "graphs": len(report.graphs),
+        "notes": report.notes[:10],
+    }
+
+
+def _train(model: Any, optimizer: Any, setting: Setting) -> dict[str, Any]:
+    """Seconds of each step, losses, peaks; the first ``setting.warmup`` steps are not in the median."""
+    losses, seconds, found = [], [], {}
+    for i, ids in enumerate(_batches(model.config.vocab_size, setting)):
+        if i == setting.warmup:
+            found["warmup_peak_gib"] = _gib("max_memory_allocated")
+            _reset_peak()
+        _wait()
+        started = time.perf_counter()
+        with _autocast():
+            output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        if i == 0:
+            found["gradient_norm"] = gradient_norm(model)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        losses.append(float(output.loss.detach()))
+        del output
+        _wait()
+        seconds.append(time.perf_counter() - started)
+    timed = seconds[setting.warmup :]
+    step = statistics.median(timed)
+    return found | {
+        "first_step_s": round(seconds[0], 3), "step_s": round(step, 5), "steps_s": [round(s, 5) for s in timed],
+        "tokens_per_s": round(setting.batch * setting.length / step), "peak_gib": _gib("max_memory_allocated"),
+        "losses": losses,
+    }  # fmt: skip
+
+
+def _batches(vocab: int, setting: Setting) -> Iterator[Any]:
+    """Random token ids, the same for every arm."""
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(setting.warmup + setting.steps):
+        yield torch.randint(3, vocab, (setting.batch, setting.length), generator=generator).to(device())
+
+
+def gradient_norm(model: Any) -> float:
+    """Norm of all adapters' gradients together."""
+    grads = [
+        p.grad.detach().double().norm() for n, p in model.named_parameters() if "lora_" in n and p.grad is not None
+    ]
+    return float(torch.stack(grads).norm())
+
+
+def _autocast() -> AbstractContextManager[Any]:
+    return torch.autocast(device().type, torch.bfloat16)
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _gib(statistic: str) -> float | None:
+    return round(getattr(torch.cuda, statistic)() / 2**30, 3) if torch.cuda.is_available() else None
+
+
+def _reset_peak() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()

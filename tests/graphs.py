@@ -1,0 +1,196 @@
+"""Small graphs without Dynamo: traced from generated functions, given fake values, rewritten, compared with themselves."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, settings
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
+
+from weft.passes.functionalize import Functionalize
+from weft.rewrite.driver import Outcome, Verifier
+from weft.rewrite.pipeline import Rules
+from weft.rewrite.report import Rewrite
+from weft.rewrite.verify import Replayer
+
+logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # else pytest keeps a record per symbol and line of source
+
+Inputs = Mapping[str, Any]
+Named = dict[str, Tensor | None]
+
+cases = settings(
+    max_examples=int(os.environ.get("WEFT_EXAMPLES", "200")),
+    derandomize=True,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+
+
+def normal(seed: int, *shape: int, dtype: torch.dtype = torch.float32, grad: bool = False) -> Tensor:
+    """Standard normal numbers."""
+    made = torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return made.to(dtype).requires_grad_(grad)
+
+
+def trace(function: Callable[..., Any], inputs: Inputs, *, dynamic: bool = False) -> fx.GraphModule:
+    """``function`` as a graph at torch level whose nodes carry fake values.
+
+    Where ``dynamic``, the leading sizes of what has more than two dimensions are symbols.
+    """
+    module = fx.GraphModule(torch.nn.Module(), fx.Tracer().trace(function))
+    mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
+    fakes = [_fake(mode, t) if isinstance(t, Tensor) else t for t in inputs.values()]
+    with mode:
+        _Recorder(module).run(*fakes)
+    return module
+
+
+def _fake(mode: FakeTensorMode, x: Tensor) -> Tensor:
+    if mode.shape_env is None or x.ndim < 3:
+        return mode.from_tensor(x, static_shapes=True)
+    sizes = [DimDynamic.DYNAMIC] * (x.ndim - 1) + [DimDynamic.STATIC]
+    return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
+
+
+class _Recorder(fx.Interpreter):
+    def run_node(self, n: fx.Node) -> Any:
+        n.meta["val"] = super().run_node(n)
+        return n.meta["val"]
+
+
+def here(x: Any, function: Callable[..., Any], *args: Any) -> Any:
+    """While tracing: record ``function(*args)``, which takes no traced value, at this place."""
+    return x.tracer.create_proxy("call_function", function, args, {})
+
+
+def copied(module: fx.GraphModule) -> fx.GraphModule:
+    """A module whose graph does not change when that of ``module`` does."""
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(module.graph, {}))
+    return fx.GraphModule(module, graph)
+
+
+def operations(module: fx.GraphModule) -> int:
+    """How many operations the graph performs."""
+    return sum(n.op in ("call_function", "call_method") for n in module.graph.nodes)
+
+
+def targets(module: fx.GraphModule) -> list[str]:
+    """The names of the operations that the graph performs, in order."""
+    nodes = [n for n in module.graph.nodes if n.op in ("call_function", "call_method")]
+    return [n.target if isinstance(n.target, str) else n.target.__name__ for n in nodes]
+
+
+def described(module: fx.GraphModule) -> list[str]:
+    """Every node of the graph in full, meta data included."""
+    return [repr((n.name, n.op, n.target, n.args, n.kwargs, sorted(n.meta))) for n in module.graph.nodes]
+
+
+def apply(module: fx.GraphModule, rules: Sequence[Any], verify: bool = False) -> Outcome:
+    """Run ``rules`` over the graph, in-place operations made ordinary first."""
+    verifier: Verifier | None = Replayer() if verify else None
+    Functionalize().run(module, verifier)
+    outcome = Rules("rules", tuple(rules)).run(module, verifier)
+    module.graph.lint()
+    module.recompile()
+    return outcome
+
+
+class _InFloat64(TorchFunctionMode):
+    _NARROW = (torch.float32, torch.bfloat16, torch.float16)
+    _CASTS = (Tensor.float, Tensor.half, Tensor.bfloat16)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        widen = lambda a: torch.float64 if isinstance(a, torch.dtype) and a in self._NARROW else a  # noqa: E731
+        args, kwargs = tree_map(widen, (args, kwargs or {}))
+        return (Tensor.double if func in self._CASTS else func)(*args, **kwargs)
+
+
+def in_float64(module: fx.GraphModule, inputs: Inputs) -> Named:
+    """What the graph would compute if every floating-point value in it were of float64."""
+    wide = {k: v.detach().double().requires_grad_(v.requires_grad) if _floats(v) else v for k, v in inputs.items()}
+    with _InFloat64():
+        return computed(module, wide)
+
+
+def _floats(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
+
+
+def computed(module: fx.GraphModule, inputs: Inputs) -> Named:
+    """Every output, every input as the graph left it, and the gradient of every input that requires one."""
+    fresh = {k: v.detach().clone().requires_grad_(v.requires_grad) if _floats(v) else v for k, v in inputs.items()}
+    fresh = {k: v.clone() if isinstance(v, Tensor) and not _floats(v) else v for k, v in fresh.items()}
+    found: Named = {f"output {i}": o for i, o in enumerate(tree_leaves(module(*fresh.values()))) if isinstance(o, Tensor)}
+    live = [o for o in found.values() if o is not None and o.requires_grad]
+    leaves = {k: v for k, v in fresh.items() if isinstance(v, Tensor) and v.requires_grad}
+    found |= {f"input {k}": v for k, v in fresh.items() if isinstance(v, Tensor)}
+    if live and leaves:
+        generator = torch.Generator().manual_seed(1)
+        seeds = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in live]
+        grads = torch.autograd.grad(live, list(leaves.values()), seeds, allow_unused=True)
+        found |= {f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True)}
+    return {k: None if v is None else v.detach() for k, v in found.items()}
+
+
+def largest(x: Tensor) -> float:
+    """Largest magnitude in ``x``; 0 for an empty tensor."""
+    return float(x.double().abs().max()) if x.numel() else 0.0
+
+
+def assert_equal(module: fx.GraphModule, original: fx.GraphModule, inputs: Inputs, terms: int = 1) -> None:
+    """Both graphs compute the same, judged by the error of ``original`` in the same dtypes and by those dtypes.
+
+    Args:
+        terms: the longest sum that a result takes, in terms.
+    """
+    truth, eager, ours = in_float64(original, inputs), computed(original, inputs), computed(module, inputs)
+    assert ours.keys() == eager.keys()
+    narrow = max((torch.finfo(v.dtype).eps for v in inputs.values() if _floats(v)), default=0.0)
+    top = {kind: max([largest(v) for k, v in truth.items() if v is not None and k.startswith(kind)], default=0.0)
+           for kind in ("output", "input", "gradient")}  # fmt: skip
+    for name, exact in truth.items():
+        peer, got = eager[name], ours[name]
+        if peer is None or exact is None:
+            assert got is None or largest(got) == 0.0, f"{name} exists"
+            continue
+        assert got is not None, f"{name} is missing"
+        assert (got.shape, got.dtype) == (peer.shape, peer.dtype), name
+        bad = ~torch.isfinite(peer)
+        assert torch.equal(~torch.isfinite(got), bad), f"{name}: other NaN or inf"
+        own, error = (largest((t.to(exact.dtype) - exact).masked_fill(bad, 0)) for t in (peer, got))
+        allowed = 2 * own + max(narrow, torch.finfo(torch.float32).eps) * terms**0.5 * top[name.split()[0]]
+        assert error <= allowed, f"{name}: error {error:.3g}, allowed {allowed:.3g}, that of the original {own:.3g}"
+
+
+def check(
+    function: Callable[..., Any], inputs: Inputs, rules: Sequence[Any], *, count: int | None = None, terms: int = 1,
+    verify: bool = False, dynamic: bool = False,
+) -> tuple[fx.GraphModule, Outcome]:  # fmt: skip
+    """Everything that must hold of any rule on any graph, and ``count`` rewrites where it is given."""
+    module = trace(function, inputs, dynamic=dynamic)
+    original, before = copied(module), operations(module)
+    outcome = apply(module, rules, verify)
+    assert operations(module) == before + sum(r.nodes_added - r.nodes_removed for r in outcome.rewrites)
+    assert all(r.reason and r.rule and r.reason != "None" for r in outcome.refusals)
+    assert all(_sensible(r) for r in outcome.rewrites)
+    if count is not None:
+        seen = f"{len(outcome.rewrites)} rewrites {outcome.refusals} {outcome.misses}\n{original.graph}"
+        assert len(outcome.rewrites) == count, seen
+    assert_equal(module, original, inputs, terms)
+    once = described(module)
+    assert not apply(module, rules, verify).rewrites
+    assert described(module) == once
+    return module, outcome
+
+
+def _sensible(rewrite: Rewrite) -> bool:
+    return bool(rewrite.rule) and rewrite.nodes_added > 0 and rewrite.nodes_removed >= 0 and rewrite.bytes_saved >= 0
