@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..quant.layout import Layout
+from .dispatch import shaped
 from .quant_linear import dense, product
 
 CHUNK = 2**24

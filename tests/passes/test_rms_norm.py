@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -52,7 +53,7 @@ FACTORS = {
     "rsqrt(max(m, e))": lambda m: torch.clamp_min(m, EPS).rsqrt(),
     "rsqrt(m)": torch.rsqrt,
     "in place": lambda m: m.add_(EPS).rsqrt(),
-    "+= in place": lambda m: m.__iadd__(EPS).rsqrt(),
+    "+= in place": lambda m: operator.iadd(m, EPS).rsqrt(),
 }
 WEIGHTS = {
     "none": None,
