@@ -1,7 +1,7 @@
 """``python -m benchmarks.coverage [types ...]``: every type that transformers lists, rewritten and compared.
 
-Results are kept in ``benchmarks/results/coverage.json``, one line a type, and ``docs/coverage.md`` is made from them, so that
-some types can be run again and merged. Each type runs in a process of its own, on one thread, with a time limit.
+Results are kept in ``benchmarks/results/coverage.json``, one line a type, and ``docs/coverage.md`` is made from them,
+so that some types can be run again and merged. Each type runs in a process of its own, on one thread, with a limit.
 """
 
 from __future__ import annotations
@@ -108,9 +108,8 @@ def write_results(rows: Iterable[dict[str, Any]], path: Path = RESULTS) -> None:
 def line(row: dict[str, Any]) -> str:
     """One row as the terminal shows it."""
     norms, adapters = ("/".join(map(str, row.get(k, ()))) for k in ("norms", "adapters"))
-    return (
-        f"{row['outcome']:9}{row['type']:26}{row.get('seconds', 0):6.0f} s  norms {norms:7}  lora {adapters:7}  {row['reason'][:150]}"
-    )
+    start = f"{row['outcome']:9}{row['type']:26}{row.get('seconds', 0):6.0f} s"
+    return f"{start}  norms {norms:7}  lora {adapters:7}  {row['reason'][:150]}"
 
 
 if __name__ == "__main__":

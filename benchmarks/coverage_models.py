@@ -26,6 +26,7 @@ MAPPINGS = {
     "speech": "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
 }
 
+
 def types(kinds: Mapping[str, str] = MAPPINGS) -> list[tuple[str, str, str]]:
     """(kind, type, class name) of everything the installed transformers lists, each class of a type once."""
     found: dict[tuple[str, str], str] = {}
@@ -40,7 +41,8 @@ def tiny_model(name: str, class_name: str) -> PreTrainedModel:
     """A randomly initialized model of class ``class_name`` with the shrunk default config of type ``name``."""
     model_class = getattr(transformers, class_name)
     overrides = OVERRIDES.get(class_name, OVERRIDES.get(name, {}))
-    config_class = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else model_class.config_class
+    # not .get(): the mapping loads config classes when they are indexed, and only then
+    config_class = CONFIG_MAPPING[name] if name in CONFIG_MAPPING else model_class.config_class  # noqa: SIM401
     config = _shrink(config_class(**PREREQUISITES.get(name, {})), {}, overrides)
     if not isinstance(config, model_class.config_class):
         parts = [c for c in vars(config).values() if isinstance(c, model_class.config_class)]
@@ -52,7 +54,7 @@ def tiny_model(name: str, class_name: str) -> PreTrainedModel:
 
 def _shrink(config: PreTrainedConfig, tokens: dict[int, int], overrides: Mapping[str, Any]) -> PreTrainedConfig:
     """``config`` rebuilt with small numbers; ``tokens`` keeps equal token ids equal in all its parts."""
-    kept = _kept_layers(config, overrides)
+    kept = _kept_layers(config)
     chosen: dict[str, Any] = {}
     for field in dataclasses.fields(config):
         value = _value(config, field.name)
@@ -64,19 +66,21 @@ def _shrink(config: PreTrainedConfig, tokens: dict[int, int], overrides: Mapping
             chosen[field.name] = [[32, 64], [64, 32], [64, 64]]
         elif field.default is not None or value is None:
             chosen[field.name] = _resize(config, field.name, value, tokens)
-    if "mrope_section" in type(config).ignore_keys_at_rope_validation or "mrope_section" in (_value(config, "rope_parameters") or {}):
-        chosen["rope_parameters"] = _rotation(config, chosen.get("head_dim") or 16)
+    chosen |= _rotation(config, chosen.get("head_dim") or 16)
     if kept:
         chosen[_layer_field(config)] = len(kept)
-    return type(config)(**chosen | {k: v for k, v in overrides.items() if not isinstance(chosen.get(k), PreTrainedConfig)})
+    parts = {k for k, v in chosen.items() if isinstance(v, PreTrainedConfig)}
+    return type(config)(**chosen | {k: v for k, v in overrides.items() if k not in parts})
 
 
 def _rotation(config: PreTrainedConfig, head_dim: int) -> dict[str, Any]:
-    """Rotary settings whose three sections add up to half of the rotated part of a head."""
+    """Rotary settings with three sections, where there are any, that add up to half of the rotated part of a head."""
     found = dict(_value(config, "rope_parameters") or {})
+    if "mrope_section" not in {*type(config).ignore_keys_at_rope_validation, *found}:
+        return {}
     half = int(head_dim * found.get("partial_rotary_factor", 1.0)) // 2
     side = half * 3 // 8
-    return found | {"mrope_section": [half - 2 * side, side, side]}
+    return {"rope_parameters": found | {"mrope_section": [half - 2 * side, side, side]}}
 
 
 def _value(config: PreTrainedConfig, name: str) -> Any:
@@ -92,8 +96,8 @@ def _per_layer(config: PreTrainedConfig, value: Any) -> bool:
     return isinstance(value, list) and len(value) > 3 and len(value) == vars(config).get(_layer_field(config))
 
 
-def _kept_layers(config: PreTrainedConfig, overrides: Mapping[str, Any]) -> list[int]:
-    """The first layer of each kind, by the lists that hold one entry a layer; at least two layers; [] without such lists."""
+def _kept_layers(config: PreTrainedConfig) -> list[int]:
+    """The first layer of each kind, by the lists with one entry a layer; at least two layers; [] without such lists."""
     fields = {f.name for f in dataclasses.fields(config)}
     lists = [v for k, v in vars(config).items() if k in fields and _per_layer(config, v)]
     kinds = list(map(repr, zip(*lists, strict=True)))

@@ -30,7 +30,8 @@ SIZES: tuple[tuple[str, int], ...] = (
     (r"moe_\w*intermediate_size$|expert_\w*(size|dim)$|experts_intermediate_size$", 32),
     (r"intermediate_size|ffn_dim$|^d_ff$|^dff$|^dim_ff$|^mlp_dim$|ffn_hidden_size$|^n_inner$|^feed_forward_size$", 128),
     (r"^mamba_d_ssm$", 128),
-    (r"hidden_size|^d_model$|^n_embd$|(^|_)embed_dim$|^dim$|^width$|^emb_dim$|embedding_size$|proj_dim$|out_hidden", 64),
+    (r"hidden_size|^d_model$|^n_embd$|(^|_)embed_dim$|^dim$|^width$|^emb_dim$|embedding_size$|proj_dim$", 64),
+    (r"out_hidden", 64),
     (r"projection_dim$|output_dim$|^lru_width$", 64),
 )
 """Field name → size. What must divide what: 4 heads of 16 make a hidden size of 64."""
@@ -47,6 +48,7 @@ PREREQUISITES: dict[str, dict[str, Any]] = {
 ROTATION = {"rope_type": "default", "rope_theta": 10000.0}
 MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_state": 16}
 
+# fmt: off
 OVERRIDES: dict[str, dict[str, Any]] = {
     # None by default, and no model without a number
     "deepseek_v2": {"num_experts_per_tok": 2, "n_routed_experts": 4},
@@ -78,13 +80,20 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "blip-2": {"image_token_index": 255},
     "instructblip": {"image_token_index": 255},
     "instructblipvideo": {"video_token_index": 255},
-    "dots3_note": {"vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64}, "audio_config": {"adapter_out_dim": 64, "adapter_input_size": 64}},
+    "dots3_note": {
+        "vision_config": {"adapter_in_dim": 64, "adapter_out_dim": 64},
+        "audio_config": {"adapter_out_dim": 64, "adapter_input_size": 64},
+    },
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "hunyuan_vl": {"text_config": {"head_dim": 16}},
-    "llama4": {"vision_config": {"projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64, "intermediate_size": 256}},
+    "llama4": {
+        "vision_config": {
+            "projector_input_dim": 64, "projector_output_dim": 64, "vision_output_dim": 64, "intermediate_size": 256,
+        },
+    },
     "mllama": {
         "text_config": {"cross_attention_layers": [1], "num_hidden_layers": 4},
-        "vision_config": {"intermediate_layers_indices": [0], "supported_aspect_ratios": None, "vision_output_dim": 128},
+        "vision_config": {"intermediate_layers_indices": [0], "vision_output_dim": 128},
     },
     "paddleocr_vl": {"text_config": {"rope_parameters": ROTATION | {"mrope_section": [2, 3, 3]}}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
@@ -125,6 +134,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "num_buckets": 4},
     "xmod": {"default_language": "en_XX"},
 }
+# fmt: on
 OVERRIDES["cohere_compass"] = {"text_config": OVERRIDES["cohere_compass_text"]}
 OVERRIDES["qwen4_exp"] = {"text_config": OVERRIDES["qwen4_exp_text"]}
 """Type (or class) → fields whose values no pattern can give."""

@@ -7,8 +7,18 @@ from pathlib import Path
 from typing import Any
 
 RULES = (
-    "rms_norm", "layer_norm", "residual_norm", "rope", "gated_mlp", "lora_linear", "parallel_linears", "linear_cross_entropy",
+    "rms_norm", "layer_norm", "residual_norm", "rope", "gated_mlp", "lora_linear", "parallel_linears",
+    "linear_cross_entropy",
 )  # fmt: skip
+
+PREAMBLE = """# Coverage
+
+Made by `python -m benchmarks.coverage`: a tiny, randomly initialized model of every type that transformers lists, with
+LoRA (rank 4, B not zero) on every linear and trainable norms, in float32 on a CPU. The plain model and
+`weft.optimize(model, mode="train")` are compared on inputs of other sizes than those of the capture, without and with
+padding. Equal: the largest difference over the largest entry is at most 1e-4 for logits and loss and 1e-3 for every
+gradient, and after `undo` everything is bit for bit as before. (A gradient is measured against its own largest entry,
+or 1e-5 of the model's largest where that is more.)""".splitlines()
 
 Row = dict[str, Any]
 
@@ -31,20 +41,14 @@ def _summary(rows: list[Row], ran: list[Row]) -> list[str]:
     decoders = [r for r in ran if r["kind"] == "decoder" and has_both(r)]
     whole = sum(is_whole(r) for r in decoders)
     versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "transformers", "peft"))
+    equal, all_of_both = share(count["equal"], len(ran)), share(whole, len(decoders))
     return [
-        "# Coverage",
-        "",
-        "Made by `python -m benchmarks.coverage`: a tiny, randomly initialized model of every type that the installed",
-        "transformers lists, with LoRA (rank 4, B not zero) on every linear and trainable norms, in float32 on a CPU. The plain",
-        "model and `weft.optimize(model, mode=\"train\")` are compared on inputs of other sizes than those of the capture.",
-        "Equal: largest difference over largest entry ≤ 1e-4 for logits and loss, ≤ 1e-3 for every gradient, and after",
-        "`undo` everything bit for bit as before.",
+        *PREAMBLE,
         "",
         f"- versions: {versions}",
         f"- types: {len(rows)}, of which {len(ran)} run by themselves",
-        f"- equal: **{count['equal']} of {len(ran)} ({share(count['equal'], len(ran))})**; wrong: **{count['wrong']}**; "
-        f"refused: {count['refused']}; errors: {count['error']}",
-        f"- decoder LMs with all norms and all LoRA linears rewritten: **{whole} of {len(decoders)} ({share(whole, len(decoders))})**",
+        f"- equal: **{equal}**; wrong: **{count['wrong']}**; refused: {count['refused']}; errors: {count['error']}",
+        f"- decoder LMs with all norms and all LoRA linears rewritten: **{all_of_both}**",
     ]
 
 
@@ -59,14 +63,14 @@ def is_whole(row: Row) -> bool:
 
 
 def share(part: int, whole: int) -> str:
-    """A percentage."""
-    return f"{100 * part / max(1, whole):.1f} %"
+    """A count and its percentage."""
+    return f"{part} of {whole} ({100 * part / max(1, whole):.1f} %)"
 
 
 def _table(rows: list[Row]) -> list[str]:
     names = ("kind", "type", "outcome", "logits", "loss", "gradient", "norms", "LoRA", *RULES)
-    head = ["rewrites / refusals per rule; norms and LoRA: rewritten / run", "", _cells(names), _cells(["---"] * len(names))]
-    return head + [_cells(_row(r)) for r in rows]
+    head = ["Rewrites / refusals per rule; norms and LoRA linears: rewritten / run.", ""]
+    return [*head, _cells(names), _cells(["---"] * len(names))] + [_cells(_row(r)) for r in rows]
 
 
 def _row(row: Row) -> list[str]:

@@ -31,9 +31,9 @@ def interleave(given: argparse.Namespace) -> int:
     arms = [arm for arm in given.interleave if arm not in absent]
     common = {k: v for k, v in asdict(setting_of(given, "")).items() if k not in ("arm", "models")}
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
-    limits = json.loads(_last_line(_python(["benchmarks.ceilings"], given.limit)))
+    limits = json.loads(_last_line(_python(["benchmarks.ceilings"], given.limit, stderr=None)))
     if any(setting_of(given, arm).loads for arm in arms):
-        _python(["benchmarks.train_step", "--save", *_options(given)], given.limit)
+        _python(["benchmarks.train_step", "--save", *_options(given)], given.limit, stderr=None)
     with tempfile.TemporaryDirectory() as caches:
         for arm in [arm for _ in range(given.rounds) for arm in arms]:
             results[arm].append(run(arm, given, Path(caches) / arm))
@@ -56,8 +56,8 @@ def run(arm: str, given: argparse.Namespace, caches: Path) -> dict[str, Any]:
         finished = _python(arguments, given.limit, environment)
     except subprocess.CalledProcessError as error:
         return {"failed": f"exit status {error.returncode}", "output": (error.stdout + error.stderr)[-3000:]}
-    except subprocess.TimeoutExpired:
-        return {"failed": f"not finished after {given.limit:g} s"}
+    except subprocess.TimeoutExpired as error:
+        return {"failed": f"not finished after {given.limit:g} s", "output": _text(error.stderr)[-3000:]}
     lines = [line for line in finished.stdout.splitlines() if line.startswith(PREFIX)]
     return (
         json.loads(lines[-1].removeprefix(PREFIX))
@@ -72,8 +72,8 @@ def _options(given: argparse.Namespace) -> list[str]:
 
 
 def _python(
-    arguments: Sequence[str], limit: float, extra: dict[str, str] | None = None
-) -> subprocess.CompletedProcess[str]:
+    arguments: Sequence[str], limit: float, extra: dict[str, str] | None = None, stderr: int | None = subprocess.PIPE
+) -> Finished:
     """``python -m`` as this process was started, offline and without telemetry.
 
     Raises:
@@ -86,7 +86,13 @@ def _python(
     safe = ["-P"] if sys.flags.safe_path else []
     command = [sys.executable, *safe, "-m", *arguments]
     environment = os.environ | quiet | (extra or {})
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit, check=True)
+    return subprocess.run(
+        command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=limit, check=True
+    )  # fmt: skip
+
+
+def _text(output: str | bytes | None) -> str:
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
 def _last_line(finished: Finished) -> str:

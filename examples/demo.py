@@ -1,7 +1,7 @@
 """The whole of weft on one small model, next to a twin that it does not touch. ``make demo`` runs this.
 
-Two equal Llamas (NF4 weights by bitsandbytes, rank-16 LoRA by PEFT on all linears) are fine-tuned with the same seed on the
-same text, which is this repository's own documents. One of them is optimized first. The loss curves, the greedy
+Two equal Llamas (NF4 weights by bitsandbytes, rank-16 LoRA by PEFT on all linears) are fine-tuned with the same seed on
+the same text, which is this repository's own documents. One of them is optimized first. The loss curves, the greedy
 continuations of one prompt and the report are printed; the exit status is 1 if the two models disagree.
 """
 
@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 
 import tiny
 import torch
@@ -37,7 +38,7 @@ def fine_tune(model: nn.Module, batches: list[torch.Tensor]) -> tuple[list[float
     """Losses, and the median time of a step."""
     times = [time.perf_counter()]
     losses = tiny.train(model, batches, each=lambda step, loss: times.append(time.perf_counter()))
-    seconds = sorted(b - a for a, b in zip(times, times[1:], strict=False))
+    seconds = sorted(b - a for a, b in pairwise(times))
     return losses, seconds[len(seconds) // 2]
 
 
@@ -89,7 +90,7 @@ def main() -> int:
     tokenizer = tiny.make_tokenizer(text)
     batches = tiny.make_batches(torch.tensor(tokenizer(text)["input_ids"]), options.steps)
     prompt = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=device)
-    print(f"Llama, {options.layers} layers, NF4 + LoRA r=16, {dtype}, {device}; {options.steps} steps of 4 x 128 tokens")
+    print(f"Llama, {options.layers} layers, NF4 + LoRA r=16, {dtype}, {device}; {options.steps} steps of 4×128 tokens")
 
     original, optimized = (tiny.with_lora(tiny.four_bit_llama(len(tokenizer), options.layers)) for _ in range(2))
     optimized = optimize(optimized)

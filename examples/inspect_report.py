@@ -65,7 +65,7 @@ def main() -> None:
 
     print("\nrewrites, one for each module instance:")
     for r in report.rewrites:
-        print(f"  {r.rule} in {r.module_path} ({r.source}): {r.nodes_removed} → {r.nodes_added} nodes, error {r.error:.2f}")
+        print(f"  {r.rule} in {r.module_path} ({r.source}): {r.nodes_removed} → {r.nodes_added} nodes")
     print("\nwhy not?")
     for path in ("blocks.0", "scaled.1", "scaled.7"):
         print("  " + report.why_not(path).replace("\n", "\n  "))

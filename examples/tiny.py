@@ -23,10 +23,10 @@ from torch import Tensor, nn
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
-from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import ByteLevelBPETokenizer
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast
-from transformers.utils import logging as transformers_logging
+from peft import LoraConfig, PeftModel, get_peft_model  # noqa: E402
+from tokenizers import ByteLevelBPETokenizer  # noqa: E402
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, PreTrainedTokenizerFast  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
 
 transformers_logging.disable_progress_bar()
 
@@ -42,12 +42,12 @@ def device_and_dtype() -> tuple[torch.device, torch.dtype]:
 
 def corpus() -> str:
     """The repository's own documents."""
-    files = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "LICENSE"]
-    return "\n".join(f.read_text(encoding="utf-8") for f in files)
+    names = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "LICENSE")
+    return "\n".join((ROOT / name).read_text(encoding="utf-8") for name in names)
 
 
 def make_tokenizer(text: str, vocabulary: int = 257) -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer trained on ``text``; 257 leaves room for single bytes alone, which need few steps to learn."""
+    """A byte-level BPE tokenizer trained on ``text``; 257 leaves room for single bytes alone: few steps learn them."""
     bpe = ByteLevelBPETokenizer()
     bpe.train_from_iterator([text], vocabulary, special_tokens=["<eos>"], show_progress=False)
     return PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, eos_token="<eos>", pad_token="<eos>")
@@ -63,7 +63,7 @@ def make_batches(ids: Tensor, steps: int, batch: int = 4, length: int = 128) -> 
 def llama_config(vocabulary: int, layers: int) -> LlamaConfig:
     """A Llama of about 700,000 parameters a layer, with grouped-query attention.
 
-    Its weights are drawn larger than usual: the base stays as it is drawn, and adapters learn faster on strong features.
+    Its weights are larger than usual: the base stays as it is drawn, and adapters learn faster from strong features.
     """
     return LlamaConfig(
         vocab_size=vocabulary,
@@ -81,7 +81,7 @@ def llama_config(vocabulary: int, layers: int) -> LlamaConfig:
 
 
 def four_bit_llama(vocabulary: int, layers: int) -> nn.Module:
-    """A random Llama, saved, and loaded by transformers with NF4 weights (double quantization); the head is not quantized."""
+    """A random Llama, saved, and loaded by transformers in NF4 with double quantization; its head is not quantized."""
     device, dtype = device_and_dtype()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(llama_config(vocabulary, layers), dtype=dtype)
@@ -108,8 +108,8 @@ def with_lora(model: nn.Module) -> PeftModel:
 def without_gradients(model: nn.Module) -> torch.no_grad:
     """A context to compute in, with ``model`` in training mode (it has no dropout, so that changes no result).
 
-    In evaluation mode bitsandbytes repacks 4-bit weights on some CPUs, for good, and computes in bfloat16: two models that
-    agree to six digits would then agree to two.
+    In evaluation mode bitsandbytes repacks 4-bit weights on some CPUs, for good, and computes in bfloat16: two models
+    that agree to six digits would then agree to two.
     """
     model.train()
     return torch.no_grad()

@@ -8,12 +8,20 @@ import torch.nn.functional as F
 
 from ..kernels.lora_linear import lora_linear
 from ..kernels.lora_update import lora_update
-from ..rewrite.graph import sizes
+from ..rewrite.graph import dtype_of, sizes
 from ..rewrite.match import Match
 from ..rewrite.pattern import columns, gemm_4bit
 from ..rewrite.report import Refusal
 from ..rewrite.rule import RewriteRule, call
-from .storage import adapter_dtype, dense_layout, layout_4bit, problem_4bit, tensors_4bit
+from .storage import (
+    adapter_dtype,
+    dense_layout,
+    layout_4bit,
+    problem_4bit,
+    product_dtype,
+    same_input,
+    tensors_4bit,
+)
 
 
 class FuseLoraLinear(RewriteRule):
@@ -68,8 +76,9 @@ class FuseLoraLinear(RewriteRule):
             weight, layout = tensors_4bit(m, storage), layout_4bit(m)
         else:
             weight, layout = [w], dense_layout(m.w, by_rows=m.base == "rows")
-        dropped = None if m.xa is m.x else xa
+        dropped = None if same_input(m.x, m.xa) else xa
         kind = adapter_dtype(m.a, m.x)
-        return call(
+        found = call(
             lora_linear, x, weight, layout.encode(), storage["bias"], a, b, scale, x_adapter=dropped, adapter_dtype=kind
         )
+        return found if product_dtype(m.x) == dtype_of(m.root) else found.to(dtype_of(m.root))

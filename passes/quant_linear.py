@@ -16,6 +16,7 @@ class FuseQuantLinear(RewriteRule):
     """x · dequantize(W)ᵀ + b  →  quant_linear(x, W, b)"""
 
     name = "quant_linear"
+    absorb_cast = False
 
     def pattern(
         self, x: Any, packed: Any, shape: Any, absmax: Any, block: Any, kind: Any, bias: Any, absmax8: Any, code: Any,

@@ -39,14 +39,12 @@ class FuseRmsNorm(RewriteRule):
 
     def pattern(self, x: Any, w: Any, eps: Any, shape: Any, scale: Any, *, form: str, weight: str, order: str) -> Any:
         """Every place of eps, with and without weight, multiplied in every order; ``F.rms_norm``; ``F.normalize · √d``."""
-        if weight == "none" and order != "(xr)w":
+        if order != "(xr)w" and (weight == "none" or form in ("library", "normalize")):
             return None
-        if form == "library":
-            return F.rms_norm(x, shape, w, eps) if weight == "none" else None
-        if form == "normalize":
-            if order != "(xr)w":
-                return None
-            y = F.normalize(x, 2.0, -1, eps) * scale
+        if form == "library" and weight == "none":
+            return F.rms_norm(x, shape, w, eps)
+        if form in ("library", "normalize"):
+            y = F.rms_norm(x, shape, None, eps) if form == "library" else F.normalize(x, 2.0, -1, eps) * scale
             return y if weight == "none" else y * WEIGHTS[weight](w)
         r = ROOTS[form](x.pow(2).mean(-1, keepdim=True), eps)
         return x * r if weight == "none" else ORDERS[order](x, r, WEIGHTS[weight](w))

@@ -9,6 +9,7 @@ import torch
 from ..quant.layout import Layout
 from ..rewrite.graph import dtype_of, sizes
 from ..rewrite.match import Match
+from ..rewrite.vocabulary import operation
 
 STORAGE = ("packed", "shape", "absmax", "block", "kind", "bias", "absmax8", "code", "offset")
 """The wildcards of a 4-bit product, in the order of ``bitsandbytes::gemm_4bit``."""
@@ -42,9 +43,21 @@ def dense_layout(node: Any, *, by_rows: bool) -> Layout:
     return Layout("rows", first, second) if by_rows else Layout("columns", second, first)
 
 
+def product_dtype(x: Any) -> torch.dtype | None:
+    """The dtype in which a linear of ``x`` computes: autocast's where it is on, else that of x."""
+    device = x.meta["val"].device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else dtype_of(x)
+
+
 def adapter_dtype(a: Any, x: Any) -> torch.dtype | None:
-    """The dtype in which a low-rank product ran that cast x to the adapter's; None where that is x's own."""
-    device = a.meta["val"].device.type
-    if torch.is_autocast_enabled(device):
-        return None
-    return None if dtype_of(a) == dtype_of(x) else dtype_of(a)
+    """The dtype in which a low-rank product ran that cast x to the adapter's; None where that is the base product's."""
+    autocast = torch.is_autocast_enabled(a.meta["val"].device.type)
+    return None if autocast or dtype_of(a) == dtype_of(x) else dtype_of(a)
+
+
+def same_input(x: Any, xa: Any) -> bool:
+    """Whether base and adapter read one value: the same node, or one that both their products round to one dtype."""
+    if x is xa:
+        return True
+    rounded = x.op == "call_method" and operation(x) == "cast" and x.args[0] is xa
+    return rounded and product_dtype(xa) == dtype_of(x)

@@ -112,7 +112,9 @@ def from_quant_state(packed: Tensor, state: Any) -> tuple[list[Tensor], Layout]:
         ValueError: bitsandbytes has repacked the codes for its own CPU product.
     """
     if getattr(state, "packing_format_for_cpu", False):
-        raise ValueError("the codes are in the order of bitsandbytes' CPU product; state_dict() of the module restores them")
+        raise ValueError(
+            "the codes are in the order of bitsandbytes' CPU product; state_dict() of the module restores them"
+        )
     rows, columns = state.shape
     nested = state.state2 if state.nested else None
     weight = [packed, state.absmax]

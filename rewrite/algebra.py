@@ -99,10 +99,28 @@ def root_of_a_mean(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     for root, c in ((x, y), (y, x)):
         inner = _op(root, "sqrt")
         total = _op(inner.args[0], "sum") if inner else None
-        n = last_size(total.args[0]) if total else None
+        n = _summed(total)
         if total and n and is_number(c) and math.isclose(c * c * n, 1.0, rel_tol=1e-6):
             return v.make("sqrt", v.make("mean", *total.args[:3], None), node=at.node)
     return None
+
+
+@equation("mul")
+def mean_of_a_sum(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """Σx · c = mean x  where  c · n = 1"""
+    for total, c in ((_op(x, "sum"), y), (_op(y, "sum"), x)):
+        n = _summed(total)
+        if total and n and is_number(c) and math.isclose(c * n, 1.0, rel_tol=1e-6):
+            return v.make("mean", *total.args[:3], None, node=at.node)
+    return None
+
+
+def _summed(total: Expr | None) -> int | None:
+    """How many numbers each result of ``total``, a sum over the last dimension, adds up; None if it is something else."""
+    if total is None or total.args[1] != -1:
+        return None
+    inner = total.args[0]
+    return last_size(inner.args[0] if inner.op == "square" and inner.node is None else inner)
 
 
 @equation("div")
@@ -111,7 +129,7 @@ def division(v: View, at: Site, x: Any, y: Any, rounding_mode: Any = None) -> Ex
     if rounding_mode is not None:
         return None
     total = _op(x, "sum")
-    if total and is_number(y) and total.args[1] == -1 and last_size(total.args[0]) == y:
+    if total and is_number(y) and _summed(total) == y:
         return v.make("mean", *total.args[:3], None, node=at.node)
     root = _op(x, "sqrt")
     if root and is_number(y) and y:

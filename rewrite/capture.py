@@ -83,7 +83,7 @@ class Session:
         placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
         verifier: Verifier | None = None
         if self.verify:
-            examples = dict(zip((n.name for n in placeholders), example_inputs, strict=False))
+            examples = dict(zip(placeholders, example_inputs, strict=False))
             verifier = Replayer(examples, self._replays)
         run_pipeline(module, self.passes, verifier, record)
         record.region.parameters = reached_parameters(module)

@@ -74,7 +74,9 @@ def _sweep(module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None,
         if match is None:
             _note_miss(rule, node, miss, outcome, refused)
             continue
-        refusal = _illegal(rule, match, contexts) or rule.check(match)
+        refusal = _illegal(rule, match, contexts)
+        if refusal is None:  # not ``or``: a refusal is falsy
+            refusal = rule.check(match)
         if refusal is None:
             refusal = _replace(module, rule, match, verifier, outcome)
         if refusal is None:

@@ -1,9 +1,9 @@
-"""The layouts in which models take images and sounds, each as the forward arguments that describe one small medium a row."""
+"""The layouts in which models take images and sounds, each as the forward arguments of one small medium a row."""
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,7 +41,7 @@ class Draw:
 
 @dataclass(frozen=True)
 class Picture:
-    """What a config says of images: channels, sides of patch and image, how many frames and patches are merged, and so on."""
+    """What a config says of images: channels, sides of patch and image, how many frames and patches are merged."""
 
     channels: int
     patch: int
@@ -82,22 +82,26 @@ def image_layouts(config: Any, known: frozenset[str], batch: int, draw: Draw) ->
     small = 2 * picture.merge * picture.patch
     for size in dict.fromkeys((picture.size, small) if picture.size <= LARGEST else (small, picture.size)):
         plain, *others = _pictures(picture, size, batch, draw)
-        more = {name: draw(batch, picture.channels, *[_further_size(config, name)] * 2) for name in known if _is_further(name)}
-        yield plain | more
-        yield from (layout | {"image_sizes": draw.whole([[size, size]] * batch)} for layout in (plain | more, *others))
+        plain |= {
+            name: _second_image(config, name, picture.channels, batch, draw) for name in known if _is_second(name)
+        }
+        yield plain
+        sizes = {"image_sizes": draw.whole([[size, size]] * batch)}
+        yield from (layout | sizes for layout in (plain, *others))
         yield from others
     if not packed:
         yield from patches
 
 
-def _is_further(name: str) -> bool:
+def _is_second(name: str) -> bool:
     return name.endswith("_pixel_values")
 
 
-def _further_size(config: Any, name: str) -> int:
-    """Side of the images of a second tower: ``high_res_pixel_values`` belong to ``high_res_vision_config``."""
+def _second_image(config: Any, name: str, channels: int, batch: int, draw: Draw) -> Tensor:
+    """Images for a second tower: ``high_res_pixel_values`` belong to ``high_res_vision_config``."""
     part = getattr(config, name.removesuffix("pixel_values") + "vision_config", config)
-    return side(find_setting(part, "image_size") or 32)
+    size = side(find_setting(part, "image_size") or 32)
+    return draw(batch, channels, size, size)
 
 
 def _patches(picture: Picture, batch: int, draw: Draw) -> Iterator[Inputs]:
@@ -111,7 +115,8 @@ def _patches(picture: Picture, batch: int, draw: Draw) -> Iterator[Inputs]:
         "image_merge_sizes": draw.whole([picture.merge] * batch),
         **dict.fromkeys(("image_grid_hw", "target_sizes", "spatial_shapes"), sizes),
     }
-    shapes = [(frames * area,), (area,), (channels, patch, patch), (frames, channels, patch, patch), (block, block, channels)]
+    square = (patch, patch)
+    shapes = ((frames * area,), (area,), (channels, *square), (frames, channels, *square), (block, block, channels))
     for shape in dict.fromkeys(shapes):
         yield {"pixel_values": draw(batch * each, *shape), **grids}
     yield {"pixel_values": draw(batch, each, area), "pixel_attention_mask": draw.ones(batch, each), **grids}
@@ -137,14 +142,16 @@ BINS = ("num_mel_bins", "n_mel_bins", "input_feat_per_channel", "feature_project
 
 
 def sound_layouts(config: Any, known: frozenset[str], batch: int, draw: Draw) -> Iterator[Inputs]:
-    """A short sound a row: spectrogram frames either way round, as long as the tower's table of positions, or samples."""
+    """A short sound a row: frames of a spectrogram either way round, as many as the tower has positions, or samples."""
     bins = find_setting(config, *BINS) or 80
     longest = 2 * (find_setting(config, "max_source_positions") or FRAMES)
     for shape, frames in (((FRAMES, bins), FRAMES), ((bins, FRAMES), FRAMES), ((bins, longest), longest)):
-        masks = dict.fromkeys(("input_features_mask", "feature_attention_mask"), draw.ones(batch, frames))
-        if "input_ids" not in known:
-            masks["attention_mask"] = draw.ones(batch, frames)
-        yield {"input_features": draw(batch, *shape), **masks}
+        names = (
+            "input_features_mask",
+            "feature_attention_mask",
+            *(() if "input_ids" in known else ("attention_mask",)),
+        )
+        yield {"input_features": draw(batch, *shape), **dict.fromkeys(names, draw.ones(batch, frames))}
     yield {"input_values": draw(batch, SAMPLES)}
 
 
@@ -176,4 +183,4 @@ def _parts(config: Any) -> Iterator[Any]:
 
 def side(size: Any) -> int:
     """A size given once, or once a dimension."""
-    return int(size[-1]) if isinstance(size, Iterable) else int(size)
+    return int(size[-1]) if isinstance(size, list | tuple) else int(size)

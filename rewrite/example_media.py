@@ -1,14 +1,14 @@
-"""Example images and sounds. Which layout a model takes, and how many placeholder tokens one fills, the model itself says.
+"""Example images and sounds: the model itself says which layout it takes, and how many placeholder tokens one fills.
 
-Configs of vision and audio towers agree on a few names (``patch_size``, ``image_size``, ``num_mel_bins``), not on how the
-numbers are laid out. So every layout that the forward's parameters allow is offered, and the first that the tower (or, where
-it has no method of its own, the whole model) takes is used.
+Configs of vision and audio towers agree on a few names (``patch_size``, ``image_size``, ``num_mel_bins``), not on how
+the numbers are laid out. So every layout that the forward's parameters allow is offered, and the first that the tower
+(or, where it has no method of its own, the whole model) takes is used.
 """
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
@@ -61,48 +61,54 @@ COUNTS = ("image_seq_length", "num_image_tokens", "latent_query_num", "num_query
 """Settings that hold the number of placeholders, asked where no method encodes an image by itself."""
 
 
-def media_for(model: nn.Module, known: frozenset[str], batch: int, generator: torch.Generator, beside: Inputs) -> list[Media]:
-    """What ``model`` may be given besides text: one entry where that is certain, several where only a forward can tell.
+@dataclass(frozen=True)
+class Offer:
+    """Whom media are made for: the model, its forward's parameters, and how many rows.
 
-    ``beside`` is what the forward takes along with a medium and what the medium's encoder may ask for, too. Sounds in an
-    unknown layout are left out where the text goes without: their tower is then captured when they come.
+    ``beside`` is what the forward takes along with a medium, and what the medium's encoder may ask for, too.
     """
-    draw = Draw(next(model.parameters()), generator)
-    if known & set(IMAGES.parameters) and vision_part(model.config) is not None:
-        return _accepted(model, IMAGES, image_layouts(model.config, known, batch, draw), batch, known, beside)
+
+    model: nn.Module
+    known: frozenset[str]
+    batch: int
+    beside: Inputs
+
+
+def media_for(offer: Offer, generator: torch.Generator) -> list[Media]:
+    """What the model may be given besides text: one entry where that is certain, several where only a forward can tell.
+
+    Sounds in an unknown layout are left out where the text goes without: their tower is then captured when they come.
+    """
+    config, known = offer.model.config, offer.known
+    draw = Draw(next((p for p in offer.model.parameters() if p.is_floating_point()), torch.empty(0)), generator)
+    if known & set(IMAGES.parameters) and vision_part(config) is not None:
+        return _accepted(offer, IMAGES, image_layouts(config, known, offer.batch, draw), [])
     optional = "input_ids" in known
-    described = find_setting(model.config, *BINS) and find_setting(model.config, *SOUNDS.token) is not None
+    described = find_setting(config, *BINS) and find_setting(config, *SOUNDS.token) is not None
     if known & set(SOUNDS.parameters) and (described or not optional):
-        layouts = sound_layouts(model.config, known, batch, draw)
-        return _accepted(model, SOUNDS, layouts, batch, known, beside, [Media()] if optional else [])
+        layouts = sound_layouts(config, known, offer.batch, draw)
+        return _accepted(offer, SOUNDS, layouts, [Media()] if optional else [])
     return [Media()]
 
 
-def _accepted(
-    model: nn.Module,
-    sort: Sort,
-    layouts: Iterator[Inputs],
-    batch: int,
-    known: frozenset[str],
-    beside: Inputs,
-    otherwise: Sequence[Media] = (),
-) -> list[Media]:
+def _accepted(offer: Offer, sort: Sort, layouts: Iterator[Inputs], otherwise: list[Media]) -> list[Media]:
     """The first layout that the encoder takes, or all where there is no encoder to ask; then ``otherwise``."""
+    model = offer.model
     encode = next((getattr(m, sort.encode) for m in model.modules() if hasattr(m, sort.encode)), None)
-    offered = [{k: v for k, v in layout.items() if k in known} | beside for layout in layouts]
+    offered = [{k: v for k, v in layout.items() if k in offer.known} | offer.beside for layout in layouts]
     offered = [layout for layout in offered if set(layout) & set(sort.parameters)]
     if encode is None:
         count = find_setting(model.config, *COUNTS) or 1
-        return [*(_media(model.config, sort, layout, count, known) for layout in offered), *otherwise]
+        return [*(_media(offer, sort, layout, count) for layout in offered), *otherwise]
     reasons: list[str] = []
     for layout in offered:
         for given in _arguments(encode, layout):
             outcome = trial(model, lambda given=given: encode(**given))
             if not isinstance(outcome, Exception):
-                return [_media(model.config, sort, layout, _rows(outcome) // batch, known), *otherwise]
+                return [_media(offer, sort, layout, _rows(outcome) // offer.batch), *otherwise]
             reasons.append(describe_failure(given, outcome))
     if otherwise:
-        return list(otherwise)
+        return otherwise
     raise ExampleInputsError(
         f"{type(model).__name__} takes none of the example {sort.parameters[0]} that its config suggests "
         f"({summary(reasons)}): pass optimize(model, example_inputs={{...}})"
@@ -117,12 +123,13 @@ def _arguments(function: Callable[..., Any], layout: Inputs) -> list[Inputs]:
     return [named, layout] if hands_on and len(named) < len(layout) else [named]
 
 
-def _media(config: Any, sort: Sort, layout: Inputs, count: int, known: frozenset[str]) -> Media:
+def _media(offer: Offer, sort: Sort, layout: Inputs, count: int) -> Media:
+    config = offer.model.config
     token = find_setting(config, *sort.token)
     if token is None:
-        return Media(layout, 0, count if "image_embeds_position_mask" in known else 0)
-    around = [() if i is None else (i,) for i in (find_setting(config, *sort.opening), find_setting(config, *sort.closing))]
-    return Media(layout, token, count, *around)
+        return Media(layout, 0, count if "image_embeds_position_mask" in offer.known else 0)
+    marks = (find_setting(config, *sort.opening), find_setting(config, *sort.closing))
+    return Media(layout, token, count, *(() if mark is None else (mark,) for mark in marks))
 
 
 def _rows(encoded: Any) -> int:

@@ -1,4 +1,4 @@
-"""Example inputs made from a model's config and its forward's signature: small, with distinct sizes, every input in use."""
+"""Example inputs made from a model's config and its forward's signature: small, and of distinct sizes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .errors import ExampleInputsError
 from .example_layouts import find_setting
-from .example_media import Media, describe_failure, media_for, summary, trial
+from .example_media import Media, Offer, describe_failure, media_for, summary, trial
 
 IGNORED = -100
 BEFORE = 3
@@ -41,7 +41,7 @@ def make_examples(model: nn.Module, mode: str, scale: Scale = Scale()) -> list[d
     For ``"train"`` two calls with labels, one without and one with padding; for ``"inference"`` one prefill.
 
     Raises:
-        ExampleInputsError: ``model`` has no transformers config to make them from, or no call fits what the config says.
+        ExampleInputsError: ``model`` has no transformers config to make them from, or takes nothing that it suggests.
     """
     config = getattr(model, "config", None)
     if config is None or not hasattr(model, "main_input_name") or not hasattr(config, "to_dict"):
@@ -62,8 +62,10 @@ def make_examples(model: nn.Module, mode: str, scale: Scale = Scale()) -> list[d
 
 def _inputs(model: nn.Module, config: Any, known: frozenset[str], scale: Scale) -> dict[str, Any]:
     """Everything but labels and masks, with the images or sounds in the first layout that ``model`` takes."""
-    beside = {n: _draw_ids(model, config, scale.batch, scale.target_length, scale.generator()) for n in known & SECOND_TEXTS}
-    choices = media_for(model, known, scale.batch, scale.generator(), beside)
+    beside = {}
+    for name in SECOND_TEXTS & known:
+        beside[name] = _draw_ids(model, config, scale.batch, scale.target_length, scale.generator())
+    choices = media_for(Offer(model, known, scale.batch, beside), scale.generator())
     made = [_with_text(model, config, known, media, scale) for media in choices]
     made = [m for i, m in enumerate(made) if not any(_same_shapes(m, other) for other in made[:i])]
     if len(made) == 1:
@@ -147,7 +149,9 @@ def _token_ids(model: nn.Module, config: Any, media: Media, scale: Scale) -> Ten
 def _draw_ids(model: nn.Module, config: Any, batch: int, length: int, generator: torch.Generator) -> Tensor:
     size = find_setting(config, "vocab_size")
     if not isinstance(size, int) or size < 2:
-        raise ExampleInputsError(f"{type(config).__name__} names no vocab_size: pass optimize(model, example_inputs={{...}})")
+        raise ExampleInputsError(
+            f"{type(config).__name__} names no vocab_size: pass optimize(model, example_inputs={{...}})"
+        )
     special = _special_ids(config)
     plain = [i for i in range(min(size, 1000)) if i not in special] or [0]
     drawn = torch.randint(0, len(plain), (batch, length), generator=generator)
@@ -195,10 +199,11 @@ def _is_language_model(model: nn.Module) -> bool:
 def _class_labels(model: nn.Module, config: Any, made: Mapping[str, Any]) -> Tensor:
     """Zeros of the shape that the logits ask for; found out by one forward."""
     outcome = trial(model, lambda: model(**made))
-    logits = getattr(outcome, "logits", None)
+    logits: Any = getattr(outcome, "logits", None)
     if not isinstance(logits, Tensor):
         raise ExampleInputsError(
-            f"cannot tell which labels {type(model).__name__} takes ({outcome}): pass optimize(model, example_inputs={{...}})"
+            f"cannot tell which labels {type(model).__name__} takes ({outcome}): "
+            "pass optimize(model, example_inputs={...})"
         )
     kind = getattr(config, "problem_type", None)
     if kind == "multi_label_classification":

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_map
 
 from . import graph as g
@@ -27,7 +28,7 @@ LONGEST = 64
 class Replayer:
     """Verifies the changes of one session; equal changes on equal types are replayed once."""
 
-    examples: Mapping[str, Any] = field(default_factory=dict)
+    examples: Mapping[fx.Node, Any] = field(default_factory=dict)
     seen: dict[Any, tuple[float | None, str | None]] = field(default_factory=dict)
 
     def __call__(self, module: fx.GraphModule, change: Change) -> tuple[float | None, str | None]:
@@ -35,7 +36,8 @@ class Replayer:
         boundary = _boundary(change)
         key = _signature(change, boundary)
         if key not in self.seen:
-            self.seen[key] = self._replay(module, change, boundary)
+            with saved_tensors_hooks(_same, _same):  # a checkpoint around the captured call must not save or replay this
+                self.seen[key] = self._replay(module, change, boundary)
         return self.seen[key]
 
     def _replay(self, module: fx.GraphModule, change: Change, boundary: list[fx.Node]) -> tuple[float | None, str | None]:
@@ -66,10 +68,14 @@ class Replayer:
             return small(fake)
         if not isinstance(fake, Tensor):
             return fake
-        real = self.examples.get(node.name) if node.op == "placeholder" else None
+        real = self.examples.get(node)
         if isinstance(real, Tensor) and all(isinstance(s, int) for s in fake.shape):
             return real.detach().clone().requires_grad_(fake.requires_grad and real.is_floating_point())
         return _draw(fake, generator)
+
+
+def _same(x: Tensor) -> Tensor:
+    return x
 
 
 def _draw(fake: Tensor, generator: torch.Generator) -> Tensor:

@@ -1,6 +1,10 @@
 """Without a GPU the Triton kernels run in the interpreter, which must be chosen before they are defined."""
 
+from __future__ import annotations
+
 import os
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +19,29 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     if torch.cuda.is_available():
         return
     on_gpu = [item for item in items if item.get_closest_marker("gpu")]
-    if on_gpu:
-        config.hook.pytest_deselected(items=on_gpu)
-        items[:] = [item for item in items if not item.get_closest_marker("gpu")]
+    if not on_gpu:
+        return
+    config.hook.pytest_deselected(items=on_gpu)
+    items[:] = [item for item in items if item not in on_gpu]
+    if hasattr(config, "workeroutput"):
+        config.workeroutput["deselected"] = [item.nodeid for item in on_gpu]
+
+
+class _Counted:
+    """pytest-xdist leaves out of the closing line what its workers deselect: all tell, the first is counted."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """Called where the tests are distributed, when a worker is done."""
+        names = getattr(node, "workeroutput", {}).get("deselected", [])
+        if names and not self.done:
+            self.done = True
+            node.config.hook.pytest_deselected(items=[SimpleNamespace(nodeid=name) for name in names])
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """One counter a run."""
+    config.pluginmanager.register(_Counted())

@@ -130,20 +130,19 @@ def computed(module: fx.GraphModule, inputs: Inputs) -> Named:
     fresh = {k: v.detach().clone().requires_grad_(v.requires_grad) if _floats(v) else v for k, v in inputs.items()}
     fresh = {k: v.clone() if isinstance(v, Tensor) and not _floats(v) else v for k, v in fresh.items()}
     found: Named = {f"output {i}": o for i, o in enumerate(tree_leaves(module(*fresh.values()))) if isinstance(o, Tensor)}
-    live = [o for o in found.values() if o is not None and o.requires_grad]
+    live = [(o, normal(i, *o.shape, dtype=o.dtype)) for i, o in enumerate(found.values()) if o is not None and o.requires_grad]
     leaves = {k: v for k, v in fresh.items() if isinstance(v, Tensor) and v.requires_grad}
     found |= {f"input {k}": v for k, v in fresh.items() if isinstance(v, Tensor)}
     if live and leaves:
-        generator = torch.Generator().manual_seed(1)
-        seeds = [torch.randn(o.shape, generator=generator).to(o.dtype) for o in live]
-        grads = torch.autograd.grad(live, list(leaves.values()), seeds, allow_unused=True)
+        outputs, seeds = zip(*live, strict=True)
+        grads = torch.autograd.grad(outputs, list(leaves.values()), seeds, allow_unused=True)
         found |= {f"gradient of {k}": g for k, g in zip(leaves, grads, strict=True)}
     return {k: None if v is None else v.detach() for k, v in found.items()}
 
 
 def largest(x: Tensor) -> float:
-    """Largest magnitude in ``x``; 0 for an empty tensor."""
-    return float(x.double().abs().max()) if x.numel() else 0.0
+    """Largest finite magnitude in ``x``; 0 for an empty tensor."""
+    return float(x.detach().double().abs().nan_to_num(0, 0, 0).max()) if x.numel() else 0.0
 
 
 def assert_equal(module: fx.GraphModule, original: fx.GraphModule, inputs: Inputs, terms: int = 1) -> None:

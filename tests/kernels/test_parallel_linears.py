@@ -195,6 +195,15 @@ def test_x_is_saved_once_and_no_dequantized_weight() -> None:
     assert sum(t.data_ptr() == inputs["x"].data_ptr() for t in saved) == 1
 
 
+@pytest.mark.parametrize("trained", [True, False])
+def test_the_input_of_an_adapter_is_saved_only_for_a_trained_a(trained: bool) -> None:
+    inputs, saved = operands(own=(1,)), []
+    inputs["a"][1].requires_grad_(trained)
+    with saved_tensors_hooks(lambda t: saved.append(t) or t, lambda t: t):
+        parallel_linears(**inputs)
+    assert (inputs["x_adapters"][1].data_ptr() in {t.data_ptr() for t in saved}) == trained
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_works_in_a_checkpoint(name: Backend, use_reentrant: bool) -> None:

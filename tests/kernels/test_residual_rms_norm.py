@@ -14,6 +14,7 @@ from torch import Tensor
 from weft.kernels import residual_rms_norm as module
 from weft.kernels.dispatch import Backend, backend
 from weft.kernels.residual_rms_norm import reference, residual_rms_norm
+from weft.kernels.rms_norm import rms_norm
 
 from .accuracy import DTYPES, assert_accurate
 from .norm_cases import (
@@ -61,8 +62,13 @@ def largest_slope(inputs: dict[str, Any]) -> float:
 
 
 def only(function: Callable[..., tuple[Tensor, Tensor]], outputs: tuple[int, ...]) -> Callable[..., list[Tensor]]:
-    """``function`` with some of its outputs."""
-    return lambda **inputs: [function(**inputs)[i] for i in outputs]
+    """``function`` with some of its outputs, from one call."""
+
+    def call(**inputs: Any) -> list[Tensor]:
+        results = function(**inputs)
+        return [results[i] for i in outputs]
+
+    return call
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -82,6 +88,15 @@ def test_sum_is_bit_for_bit_eager(name: Backend, dtype: torch.dtype) -> None:
     x, residual = normal(0, (5, 300), dtype), normal(1, (5, 300), dtype) * 3
     with backend(name):
         assert torch.equal(residual_rms_norm(x, residual, None, 1e-6)[1], x + residual)
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+def test_normalizes_the_sum_as_rounded(name: Backend) -> None:
+    x, residual, weight = (normal(i, shape, torch.bfloat16) for i, shape in enumerate(((5, 300), (5, 300), (300,))))
+    for sizes in ({}, {"LONGEST": 32}):
+        with running(name, sizes):
+            y, h = residual_rms_norm(x, residual, weight, 1e-6)
+            assert torch.equal(y, rms_norm(h, weight, 1e-6))
 
 
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")

@@ -68,9 +68,9 @@ ORDERS = {
     "cast last": lambda x, r, w, back: back(x * r * w),
     "x (r w)": lambda x, r, w, back: back(x * (r * w)),
     "(x w) r": lambda x, r, w, back: back((w * x) * r),
-    "in place": lambda x, r, w, back: (x * r).mul_(w) if False else back((x * r) * w),
+    "in place": lambda x, r, w, back: back((x * r) * 1.0).mul_(w),
 }
-MORE = ("nothing", "square", "mean", "factor", "wide", "unscaled")
+MORE = ("nothing", "square", "mean", "factor", "wide")
 """What else of the norm the graph returns."""
 
 spellings = st.fixed_dictionaries(
@@ -102,10 +102,9 @@ def spelt(s: dict[str, Any]) -> Any:
         mean = MEANS[s["mean"]](square, size)
         factor = FACTORS[s["factor"]](mean)
         back = (lambda y: y.to(s["dtype"])) if s["narrow"] else (lambda y: y)
-        unscaled = back(wide * factor)
         weight = WEIGHTS[s["weight"]]
-        y = unscaled if weight is None else ORDERS[s["order"]](wide, factor, weight(w), back)
-        more = {"square": square, "mean": mean, "factor": factor, "wide": wide, "unscaled": unscaled}
+        y = back(wide * factor) if weight is None else ORDERS[s["order"]](wide, factor, weight(w), back)
+        more = {"square": square, "mean": mean, "factor": factor, "wide": wide}
         return (y, more[s["more"]]) if s["more"] != "nothing" else y
 
     return norm
@@ -121,5 +120,76 @@ def inputs_of(s: dict[str, Any]) -> dict[str, torch.Tensor]:
 @cases
 @given(s=spellings)
 def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
-    module, _ = check(spelt(s), inputs_of(s), RULES, terms=s["shape"][-1], dynamic=s["dynamic"])
-    assert targets(module).count("rms_norm") >= 1, module.graph
+    module, outcome = check(spelt(s), inputs_of(s), RULES, terms=s["shape"][-1], dynamic=s["dynamic"])
+    assert targets(module).count("rms_norm") == 1, module.graph
+    assert [r.rule for r in outcome.rewrites][-1] == "rms_norm"
+
+
+NEAR = {
+    "another tensor is normalized": lambda x, y, w, e: y * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w,
+    "two tensors multiplied": lambda x, y, w, e: x * torch.rsqrt((x * y).mean(-1, keepdim=True) + EPS) * w,
+    "another dimension": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + EPS) * w,
+    "two dimensions": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).mean((-1, -2), keepdim=True) + EPS) * w,
+    "no root": lambda x, y, w, e: x * (x.pow(2).mean(-1, keepdim=True) + EPS) * w,
+    "cubes": lambda x, y, w, e: x * torch.rsqrt(x.pow(3).abs().mean(-1, keepdim=True) + EPS) * w,
+    "sum": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS) * w,
+    "divided by another number": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 3 + EPS) * w,
+    "no keepdim": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).mean(-1) + EPS) * w,
+    "eps is a tensor": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * w,
+    "normalized by 1, not by the root of the size": lambda x, y, w, e: F.normalize(x, dim=-1) * w,
+    "normalized by another norm": lambda x, y, w, e: F.normalize(x, p=1.0, dim=-1) * 2.0 * w,
+    "library, two dimensions": lambda x, y, w, e: F.rms_norm(x, (4, 4), None, EPS) * w,
+}
+"""None of these is an RMSNorm over the last dimension; sizes are equal, so that only the spelling tells."""
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_misses_are_left_alone(name: str) -> None:
+    x, y, w = normal(0, 4, 4, 4, grad=True), normal(1, 4, 4, 4, grad=True), normal(2, 4, grad=True)
+    inputs = {"x": x, "y": y, "w": w, "e": normal(3, 1).abs()}
+    _, outcome = check(NEAR[name], inputs, RULES, count=0, terms=16)
+    assert "eps" not in name or "eps" in outcome.refusals[0].reason
+
+
+@pytest.mark.parametrize(("shape", "count"), [((4, 1), 1), ((1, 4), 1), ((1,), 1), ((4, 4, 4), 1), ((4,), 1)])
+def test_a_factor_that_is_no_weight_stays_behind_the_norm(shape: tuple[int, ...], count: int) -> None:
+    def norm(x: Any, w: Any) -> Any:
+        return w * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS))
+
+    inputs = {"x": normal(0, 4, 4, 4, grad=True), "w": normal(1, *shape, grad=True)}
+    module, _ = check(norm, inputs, RULES, count=count, terms=16)
+    assert ("mul" in targets(module)) == (shape != (4,))
+
+
+LIBRARY = {
+    "rms_norm": lambda x, w: F.rms_norm(x, (8,), w, EPS),
+    "no eps": lambda x, w: F.rms_norm(x, (8,), weight=w),
+    "no weight": lambda x, w: F.rms_norm(x, [8], eps=EPS),
+    "torch": lambda x, w: torch.rms_norm(x, (8,), w, EPS),
+    "weight behind": lambda x, w: w * F.rms_norm(x, (8,), None, EPS),
+    "float32": lambda x, w: F.rms_norm(x.float(), (8,), w.float(), EPS).to(x.dtype),
+    "normalize": lambda x, w: F.normalize(x, dim=-1) * 8**0.5 * w,
+    "normalize, 1 + w": lambda x, w: F.normalize(x, p=2, dim=-1, eps=EPS) * 8**0.5 * (w + 1),
+    "norm": lambda x, w: x / (x.norm(2, dim=-1, keepdim=True) * 8**-0.5 + EPS) * w,
+    "norm over root": lambda x, w: w * (x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) / 8**0.5 + EPS)),
+    "sum": lambda x, w: x * w / torch.sqrt((x * x).sum(-1, keepdim=True) * (1 / 8) + EPS),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LIBRARY)
+def test_spellings_by_library_functions(name: str, dtype: torch.dtype) -> None:
+    inputs = {"x": normal(0, 3, 8, dtype=dtype, grad=True), "w": normal(1, 8, dtype=dtype, grad=True)}
+    module, _ = check(LIBRARY[name], inputs, RULES, terms=8)
+    assert targets(module).count("rms_norm") == 1 and "mul" not in targets(module), module.graph
+
+
+def test_norms_one_after_another_and_verified() -> None:
+    def norms(x: Any, v: Any, w: Any) -> Any:
+        first = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w
+        return (first * torch.rsqrt((first * first).mean(-1, keepdim=True) + EPS)) * (1 + v)
+
+    inputs = {"x": normal(0, 3, 8, grad=True), "v": normal(1, 8, grad=True), "w": normal(2, 8)}
+    module, outcome = check(norms, inputs, RULES, count=2, terms=8, verify=True)
+    assert targets(module) == ["rms_norm", "rms_norm"]
+    assert all(r.error is not None and 0 <= r.error <= 1 for r in outcome.rewrites)

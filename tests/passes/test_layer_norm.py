@@ -1,0 +1,154 @@
+"""LayerNorm, however it is spelt, is one operator; what only looks like one is left alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weft.passes.layer_norm import FuseLayerNorm
+
+from ..graphs import cases, check, normal, targets
+
+RULES = [FuseLayerNorm()]
+pytestmark = pytest.mark.filterwarnings("ignore:.*degrees of freedom")
+EPS = 1e-3
+
+WIDEN = {"not": lambda x: x, "float": lambda x: x.float(), "to": lambda x: x.to(torch.float32)}
+CENTRES = {
+    "x - x.mean": lambda x: x - x.mean(-1, keepdim=True),
+    "torch.mean": lambda x: torch.sub(x, torch.mean(x, dim=(-1,), keepdim=True)),
+    "sum": lambda x: x - x.sum(2, keepdim=True) / x_size(x),
+}
+VARIANCES = {
+    "mean of squares": lambda x, c: c.pow(2).mean(-1, keepdim=True),
+    "c·c": lambda x, c: (c * c).mean(2, True),
+    "sum of squares": lambda x, c: (c**2).sum(-1, keepdim=True) / x_size(x),
+    "var": lambda x, c: x.var(-1, keepdim=True, unbiased=False),
+    "var, correction": lambda x, c: torch.var(x, dim=-1, correction=0, keepdim=True),
+}
+FACTORS = {
+    "c · rsqrt(v + e)": lambda c, v: c * torch.rsqrt(v + EPS),
+    "c / sqrt(v + e)": lambda c, v: c / torch.sqrt(EPS + v),
+    "c · (v + e)^-0.5": lambda c, v: (v + EPS).pow(-0.5) * c,
+    "in place": lambda c, v: c * v.add_(EPS).rsqrt(),
+}
+AFFINE = {
+    "none": lambda y, w, b: y,
+    "w": lambda y, w, b: w * y,
+    "1 + w": lambda y, w, b: y * (1 + w),
+    "b": lambda y, w, b: y + b,
+    "w, b": lambda y, w, b: y * w + b,
+    "b + w": lambda y, w, b: b + w * y,
+    "1 + w, b": lambda y, w, b: y * (w + 1.0) + b,
+    "in place": lambda y, w, b: (y * w).add_(b),
+}
+
+
+def x_size(x: Any) -> int:
+    """The normalized size, which all drawn shapes share."""
+    return 8
+
+
+LIBRARY = {
+    "all": lambda x, w, b: F.layer_norm(x, (8,), w, b, EPS),
+    "keywords": lambda x, w, b: F.layer_norm(x, normalized_shape=[8], weight=w, bias=b),
+    "no bias": lambda x, w, b: torch.layer_norm(x, (8,), w, eps=EPS),
+    "no weight": lambda x, w, b: F.layer_norm(x, (8,)),
+    "weight behind": lambda x, w, b: F.layer_norm(x, (8,), eps=EPS) * w + b,
+    "1 + w behind": lambda x, w, b: F.layer_norm(x, (8,), None, None, EPS) * (1 + w),
+    "float32": lambda x, w, b: F.layer_norm(x.float(), (8,), w.float(), b.float(), EPS).to(x.dtype),
+}
+
+spellings = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+        "affine_dtype": st.sampled_from(("same", "float32")),
+        "widen": st.sampled_from(sorted(WIDEN)),
+        "centre": st.sampled_from(sorted(CENTRES)),
+        "variance": st.sampled_from(sorted(VARIANCES)),
+        "factor": st.sampled_from(sorted(FACTORS)),
+        "affine": st.sampled_from(sorted(AFFINE)),
+        "narrow": st.sampled_from(("not", "before the weight", "last")),
+        "more": st.sampled_from(("nothing", "centre", "variance")),
+        "shape": st.sampled_from(((2, 3, 8), (1, 1, 8), (0, 3, 8), (8, 8, 8))),
+        "frozen": st.booleans(),
+        "dynamic": st.sampled_from((False, False, False, True)),
+    }
+)
+
+
+def spelt(s: dict[str, Any]) -> Any:
+    """The function that ``s`` describes."""
+
+    def norm(x: Any, w: Any, b: Any) -> Any:
+        wide = WIDEN[s["widen"]](x)
+        centre = CENTRES[s["centre"]](wide)
+        variance = VARIANCES[s["variance"]](wide, centre)
+        y = FACTORS[s["factor"]](centre, variance)
+        y = y.to(s["dtype"]) if s["narrow"] == "before the weight" else y
+        y = AFFINE[s["affine"]](y, w, b)
+        y = y.to(s["dtype"]) if s["narrow"] == "last" else y
+        return y if s["more"] == "nothing" else (y, {"centre": centre, "variance": variance}[s["more"]])
+
+    return norm
+
+
+def inputs_of(shape: tuple[int, ...], dtype: torch.dtype, affine: torch.dtype, grad: bool = True) -> dict[str, Any]:
+    """An input, a weight and a bias."""
+    x = normal(0, *shape, dtype=dtype, grad=True)
+    return {"x": x, "w": normal(1, 8, dtype=affine, grad=grad), "b": normal(2, 8, dtype=affine, grad=grad)}
+
+
+@cases
+@given(s=spellings)
+def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
+    affine = torch.float32 if s["affine_dtype"] == "float32" else s["dtype"]
+    inputs = inputs_of(s["shape"], s["dtype"], affine, not s["frozen"])
+    module, _ = check(spelt(s), inputs, RULES, terms=8, dynamic=s["dynamic"])
+    assert targets(module).count("layer_norm") == 1, module.graph
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", LIBRARY)
+def test_spellings_by_library_functions(name: str, dtype: torch.dtype) -> None:
+    module, outcome = check(LIBRARY[name], inputs_of((2, 3, 8), dtype, dtype), RULES, count=1, terms=8, verify=True)
+    assert targets(module)[-1] == "layer_norm" and not {"mul", "add"} & set(targets(module)), module.graph
+    assert outcome.rewrites[0].error is not None
+
+
+NEAR = {
+    "centre of another tensor": lambda x, y, w, e: (x - y.mean(-1, keepdim=True)) * torch.rsqrt(_variance(x) + EPS),
+    "variance of another tensor": lambda x, y, w, e: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(_variance(y) + EPS),
+    "unbiased variance": lambda x, y, w, e: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + EPS),
+    "eps beside the root": lambda x, y, w, e: (x - x.mean(-1, keepdim=True)) / (_variance(x).sqrt() + EPS),
+    "another dimension": lambda x, y, w, e: (x - x.mean(-2, keepdim=True)) * torch.rsqrt(_variance(x, -2) + EPS),
+    "mixed dimensions": lambda x, y, w, e: (x - x.mean(-2, keepdim=True)) * torch.rsqrt(_variance(x) + EPS),
+    "no keepdim": lambda x, y, w, e: (x - x.mean(-1)) * torch.rsqrt(x.var(-1, unbiased=False) + EPS),
+    "the mean minus x": lambda x, y, w, e: (x.mean(-1, keepdim=True) - x) * torch.rsqrt(_variance(x) + EPS),
+    "eps is a tensor": lambda x, y, w, e: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(_variance(x) + e),
+    "two dimensions": lambda x, y, w, e: F.layer_norm(x, (8, 8), None, None, EPS) * w,
+}
+"""None of these is a LayerNorm over the last dimension; sizes are equal, so that only the spelling tells."""
+
+
+def _variance(x: Any, dim: int = -1) -> Any:
+    return (x - x.mean(dim, keepdim=True)).pow(2).mean(dim, keepdim=True)
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_misses_are_left_alone(name: str) -> None:
+    x, y, w = normal(0, 8, 8, 8, grad=True), normal(1, 8, 8, 8, grad=True), normal(2, 8, grad=True)
+    _, outcome = check(NEAR[name], {"x": x, "y": y, "w": w, "e": normal(3, 1).abs()}, RULES, count=0, terms=64)
+    assert "eps is" not in name or "eps" in outcome.refusals[0].reason
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (8, 8, 8), (1,)])
+def test_an_affine_map_that_is_none_per_feature_stays_behind_the_norm(shape: tuple[int, ...]) -> None:
+    inputs = {"x": normal(0, 8, 8, 8, grad=True), "w": normal(1, *shape, grad=True), "b": normal(2, *shape, grad=True)}
+    module, outcome = check(lambda x, w, b: F.layer_norm(x, (8,)) * w + b, inputs, RULES, count=1, terms=64)
+    assert {"mul", "add"} <= set(targets(module)) and "has shape" in outcome.refusals[0].reason
