@@ -113,3 +113,6 @@ def show(arm: str, found: dict[str, Any], results: dict[str, list[dict[str, Any]
         f"(off by {loss:.1e})  gradient norm {found['gradient_norm']:.5g} ({gradient:+.1e})",
         flush=True,
     )
+    if "rewrites" in found:
+        counts = ", ".join(f"{rule} {count}" for rule, count in found["rewrites"].items()) or "none"
+        print("\n".join([f"{'':14} rewrites: {counts}", *found["refusals"], *found["notes"]]), flush=True)

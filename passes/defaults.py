@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..rewrite.pipeline import Pass, Rules
+from .common_subexpressions import CommonSubexpressions
 from .functionalize import Functionalize
 from .gated_mlp import FuseGatedMlp
 from .layer_norm import FuseLayerNorm
@@ -23,6 +24,7 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer") -> tuple[Pa
     """
     return (
         Functionalize(),
+        CommonSubexpressions(),
         Rules("rms_norm", (FuseRmsNorm(),)),
         Rules("layer_norm", (FuseLayerNorm(),)),
         Rules("rope", (FuseRope(), FusePartialRope(), PairRope())),

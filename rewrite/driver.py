@@ -70,21 +70,37 @@ def _sweep(module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None,
         if node._erased:
             continue
         miss = Miss()
-        match = next(_matches(rule, view, node, miss), None)
-        if match is None:
-            _note_miss(rule, node, miss, outcome, refused)
-            continue
-        refusal = _illegal(rule, match, contexts)
-        if refusal is None:  # not ``or``: a refusal is falsy
-            refusal = rule.check(match)
-        if refusal is None:
-            refusal = _replace(module, rule, match, verifier, outcome)
-        if refusal is None:
-            view, contexts, changed = View(), g.context_of(module.graph), True
-        elif node.name not in refused:
-            refused.add(node.name)
-            outcome.refusals.append(refusal)
+        refusals = list[Refusal]()
+        for match in _matches(rule, view, node, miss):
+            refusal = _attempt(module, rule, match, contexts, verifier, outcome)
+            if refusal is None:
+                view, contexts, changed = View(), g.context_of(module.graph), True
+                break
+            refusals.append(refusal)
+        else:
+            _note_failure(rule, node, refusals, miss, outcome, refused)
     return changed
+
+
+def _attempt(
+    module: fx.GraphModule, rule: RewriteRule, match: Match, contexts: dict[fx.Node, int], verifier: Verifier | None, outcome: Outcome
+) -> Refusal | None:
+    """Rewrite ``match``, or say why not."""
+    refusal = _illegal(rule, match, contexts)
+    if refusal is None:  # not ``or``: a refusal is falsy
+        refusal = rule.check(match)
+    return _replace(module, rule, match, verifier, outcome) if refusal is None else refusal
+
+
+def _note_failure(
+    rule: RewriteRule, node: fx.Node, refusals: list[Refusal], miss: Miss, outcome: Outcome, refused: set[Any]
+) -> None:
+    """Keep why the widest match at ``node`` was refused, or how near the pattern came."""
+    if not refusals:
+        _note_miss(rule, node, miss, outcome, refused)
+    elif node.name not in refused:
+        refused.add(node.name)
+        outcome.refusals.append(refusals[0])
 
 
 def _note_miss(rule: RewriteRule, node: fx.Node, miss: Miss, outcome: Outcome, refused: set[Any]) -> None:
@@ -103,7 +119,9 @@ def _matches(rule: RewriteRule, view: View, node: fx.Node, miss: Miss) -> Iterat
     if node.op not in ("call_function", "call_method"):
         return
     target = view.of(node)
-    if not isinstance(target, Expr) or target.op in ("cast", "leaf") or target.node is not node:
+    if not isinstance(target, Expr) or target.op in ("cast", "leaf"):
+        return
+    if any(view.of(i) is target for i in node.all_input_nodes):  # a copy or a reshape to the same shape
         return
     for pattern in rule.patterns:
         if pattern.root.op != target.op:

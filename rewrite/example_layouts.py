@@ -158,7 +158,7 @@ def sound_layouts(config: Any, known: frozenset[str], batch: int, draw: Draw) ->
 # settings -----------------------------------------------------------------------------------------------------------
 def find_setting(config: Any, *names: str) -> Any:
     """The first of ``names`` that ``config``, or a config inside it, sets; outer configs before inner ones."""
-    for part in _parts(config):
+    for part in config_parts(config):
         for name in names:
             found = getattr(part, name, None)
             if found is not None:
@@ -169,11 +169,12 @@ def find_setting(config: Any, *names: str) -> Any:
 def vision_part(config: Any) -> Any:
     """The innermost config that describes images; None if none does."""
     names = ("patch_size", "image_size", "patch_embed_hidden_size")
-    found = [p for p in _parts(config) if any(hasattr(p, name) for name in names)]
+    found = [p for p in config_parts(config) if any(hasattr(p, name) for name in names)]
     return found[-1] if found else None
 
 
-def _parts(config: Any) -> Iterator[Any]:
+def config_parts(config: Any) -> Iterator[Any]:
+    """``config`` and every config inside it, outer ones first."""
     pending = deque([] if config is None else [config])
     while pending:
         part = pending.popleft()

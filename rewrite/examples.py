@@ -4,38 +4,23 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from .errors import ExampleInputsError
+from .example_labels import SMALL, Scale, padded_call, special_ids, targets
 from .example_layouts import find_setting
 from .example_media import Media, Offer, describe_failure, media_for, summary, trial
 
-IGNORED = -100
 BEFORE = 3
 """Words before the first placeholder."""
 SECOND_TEXTS = frozenset(("qformer_input_ids",))
 """Texts that the encoder of an image reads, too."""
 
 
-@dataclass(frozen=True)
-class Scale:
-    """How large the examples are, and what they are drawn from. All sizes differ: equal ones would be traced as one."""
-
-    batch: int = 2
-    length: int = 19
-    target_length: int = 13
-    seed: int = 0
-
-    def generator(self) -> torch.Generator:
-        """A fresh source of random numbers."""
-        return torch.Generator().manual_seed(self.seed)
-
-
-def make_examples(model: nn.Module, mode: str, scale: Scale = Scale()) -> list[dict[str, Any]]:
+def make_examples(model: nn.Module, mode: str, scale: Scale = SMALL) -> list[dict[str, Any]]:
     """Keyword arguments for the forward calls from which ``model`` is captured.
 
     For ``"train"`` two calls with labels, one without and one with padding; for ``"inference"`` one prefill.
@@ -49,15 +34,26 @@ def make_examples(model: nn.Module, mode: str, scale: Scale = Scale()) -> list[d
             f"{type(model).__name__} has no transformers config to make example inputs from: "
             "pass optimize(model, example_inputs={...}) with the keyword arguments of one forward call"
         )
-    known = frozenset(inspect.signature(model.forward).parameters)
+    parameters = inspect.signature(model.forward).parameters
+    known = frozenset(parameters)
     made = _inputs(model, config, known, scale)
+    _check_complete(model, parameters, made)
     if mode != "train":
         return [made]
     if "use_cache" in known:
         made["use_cache"] = False
-    made |= _targets(model, config, known, made, scale)
-    padded = _padded(config, known, made, scale)
+    made |= targets(model, config, known, made, scale)
+    padded = padded_call(config, known, made, scale)
     return [made, padded] if padded else [made]
+
+
+def _check_complete(model: nn.Module, parameters: Mapping[str, inspect.Parameter], made: Mapping[str, Any]) -> None:
+    needed = [n for n, p in parameters.items() if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    if missing := [n for n in needed if n not in made]:
+        raise ExampleInputsError(
+            f"{type(model).__name__}.forward needs {', '.join(missing)}, which its config does not describe: "
+            "pass optimize(model, example_inputs={...})"
+        )
 
 
 def _inputs(model: nn.Module, config: Any, known: frozenset[str], scale: Scale) -> dict[str, Any]:
@@ -152,87 +148,10 @@ def _draw_ids(model: nn.Module, config: Any, batch: int, length: int, generator:
         raise ExampleInputsError(
             f"{type(config).__name__} names no vocab_size: pass optimize(model, example_inputs={{...}})"
         )
-    special = _special_ids(config)
+    special = special_ids(config)
     plain = [i for i in range(min(size, 1000)) if i not in special] or [0]
     drawn = torch.randint(0, len(plain), (batch, length), generator=generator)
     return torch.tensor(plain)[drawn].to(next(model.parameters()).device)
-
-
-def _special_ids(config: Any) -> set[int]:
-    """Every id that the config, or a config in it, gives a meaning."""
-    found: set[int] = set()
-    for name, setting in config.to_dict().items():
-        if isinstance(setting, dict):
-            part = getattr(config, name, None)
-            found |= _special_ids(part) if hasattr(part, "to_dict") else set()
-        elif name.endswith(("_token_id", "_token_index", "_token_ids")):
-            found |= {i for i in (setting if isinstance(setting, list) else [setting]) if isinstance(i, int)}
-    return found
-
-
-# labels and padding -------------------------------------------------------------------------------------------------
-def _targets(
-    model: nn.Module, config: Any, known: frozenset[str], made: Mapping[str, Any], scale: Scale
-) -> dict[str, Tensor]:
-    """Labels as the head wants them: the ids for a language model, else by the shape of its logits."""
-    if "start_positions" in known and "end_positions" in known:
-        edge = torch.ones(scale.batch, dtype=torch.long, device=next(model.parameters()).device)
-        return {"start_positions": edge, "end_positions": 2 * edge}
-    if "labels" not in known:
-        return {}
-    if "decoder_input_ids" in made:
-        return {"labels": made["decoder_input_ids"].clone()}
-    if "input_ids" in made and _is_language_model(model):
-        labels = made["input_ids"].clone()
-        for token in _special_ids(config):
-            labels[labels == token] = IGNORED
-        return {"labels": labels}
-    return {"labels": _class_labels(model, config, made)}
-
-
-def _is_language_model(model: nn.Module) -> bool:
-    """Whether the logits are over the vocabulary: the model has output embeddings."""
-    head = getattr(model, "get_output_embeddings", lambda: None)
-    return head() is not None
-
-
-def _class_labels(model: nn.Module, config: Any, made: Mapping[str, Any]) -> Tensor:
-    """Zeros of the shape that the logits ask for; found out by one forward."""
-    outcome = trial(model, lambda: model(**made))
-    logits: Any = getattr(outcome, "logits", None)
-    if not isinstance(logits, Tensor):
-        raise ExampleInputsError(
-            f"cannot tell which labels {type(model).__name__} takes ({outcome}): "
-            "pass optimize(model, example_inputs={...})"
-        )
-    kind = getattr(config, "problem_type", None)
-    if kind == "multi_label_classification":
-        return torch.zeros_like(logits)
-    shape = logits.shape[:-1]
-    regression = kind == "regression" or (kind is None and logits.ndim == 2 and logits.shape[-1] == 1)
-    return torch.zeros(shape, dtype=logits.dtype if regression else torch.long, device=logits.device)
-
-
-def _padded(config: Any, known: frozenset[str], made: Mapping[str, Any], scale: Scale) -> dict[str, Any] | None:
-    """``made`` with the last words of the last row padded; None where nothing takes a mask."""
-    ids = made.get("input_ids")
-    if "attention_mask" not in known or ids is None or ids.ndim != 2:
-        return None
-    cut = ids.shape[1] - max(2, scale.length // 4)
-    padded = dict(made) | {"input_ids": ids.clone(), "attention_mask": torch.ones_like(ids)}
-    padded["attention_mask"][-1, cut:] = 0
-    padded["input_ids"][-1, cut:] = _pad_id(config)
-    if "labels" in made and made["labels"].shape == ids.shape and "decoder_input_ids" not in made:
-        padded["labels"] = made["labels"].clone()
-        padded["labels"][-1, cut:] = IGNORED
-    return padded
-
-
-def _pad_id(config: Any) -> int:
-    """The padding token, where it is one of the vocabulary."""
-    found = getattr(config.get_text_config(), "pad_token_id", None)
-    found = find_setting(config, "pad_token_id") if found is None else found
-    return found if isinstance(found, int) and 0 <= found < find_setting(config, "vocab_size") else 0
 
 
 def check_examples(inputs: Any) -> list[Mapping[str, Any]]:

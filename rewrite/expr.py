@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import dtype_of, is_random, sizes, value
+from .graph import before, dtype_of, is_context, is_random, sizes, value
 from .vocabulary import SIGNATURES, bind, is_in_place, operation
 
 
@@ -106,7 +106,7 @@ class View:
     def intern(self, op: str, args: tuple[Any, ...], node: fx.Node | None = None) -> Expr:
         """The one expression ``op(*args)``, unsimplified."""
         found = self._interned.setdefault((op, _key(args), self._epoch), Expr(op, args, node))
-        if found.node is None:
+        if found.node is None or (node is not None and before(node, found.node)):
             found.node = node
         return found
 
@@ -166,10 +166,11 @@ def _inputs_first(node: fx.Node, done: dict[fx.Node, Expr]) -> list[fx.Node]:
 
 
 def _write_epochs(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For each node, the number of in-place operations before it: what reads memory is equal only within one epoch."""
+    """For each node, the number of writes in place and of mode switches before it: only within one epoch are equal
+    operations equal values, tracked alike."""
     epochs, count = dict[fx.Node, int](), 0
     for node in graph.nodes:
-        count += is_in_place(node)
+        count += is_in_place(node) or is_context(node)
         epochs[node] = count
     return epochs
 

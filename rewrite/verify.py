@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map
 
 from . import graph as g
 from .driver import Change
-from .vocabulary import target_name
+from .vocabulary import operation, target_name
 
 LONGEST = 64
 """Symbolic sizes are replayed at what they were while tracing, or at this if they were larger."""
@@ -41,8 +41,10 @@ class Replayer:
         return self.seen[key]
 
     def _replay(self, module: fx.GraphModule, change: Change, boundary: list[fx.Node]) -> tuple[float | None, str | None]:
-        old = g.copy_nodes(change.old, boundary, change.old_outputs, module)
-        new = g.copy_nodes(change.new, boundary, change.new_outputs, module)
+        casts = [n for n in boundary if _is_cast_of(n, boundary)]  # one value: drawn apart, the two would differ
+        boundary = [n for n in boundary if n not in casts]
+        old = g.copy_nodes([*casts, *change.old], boundary, change.old_outputs, module)
+        new = g.copy_nodes([*casts, *change.new], boundary, change.new_outputs, module)
         generator = torch.Generator().manual_seed(0)
         inputs = [self.example(n, generator) for n in boundary]
         tracked = any(g.requires_grad(o) for o in change.old_outputs)
@@ -109,6 +111,10 @@ def _boundary(change: Change) -> list[fx.Node]:
     inside = set(change.old) | set(change.new)
     outside = [i for n in (*change.old, *change.new) for i in n.all_input_nodes if i not in inside]
     return list(dict.fromkeys([*change.inputs, *outside]))
+
+
+def _is_cast_of(node: fx.Node, boundary: list[fx.Node]) -> bool:
+    return node.op == "call_method" and operation(node) == "cast" and node.args[0] in boundary
 
 
 def _signature(change: Change, boundary: list[fx.Node]) -> Any:
