@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -122,12 +123,17 @@ def _match_constant(pattern: Any, target: Any, state: _State, miss: Miss) -> Ite
         if isinstance(target, tuple | list) and len(pattern) == len(target):
             yield from _match_all(tuple(pattern), tuple(target), state, miss)
         return
-    if isinstance(pattern, float | int) and isinstance(target, float | int) and pattern == target:
+    if isinstance(pattern, float | int) and isinstance(target, float | int) and _same_number(pattern, target):
         yield state
     elif pattern is target or (isinstance(pattern, str | type(None)) and pattern == target):
         yield state
     else:
         miss.note(state.progress, target, f"expected the constant {pattern!r}, found {target!r}")
+
+
+def _same_number(a: float, b: float) -> bool:
+    """Equal, or equal as far as people write out √2 and the like: below the precision of float32."""
+    return a == b or (isinstance(a, float) and isinstance(b, float) and math.isclose(a, b, rel_tol=1e-7))
 
 
 def _bind(name: str, target: Any, state: _State, miss: Miss) -> Iterator[_State]:

@@ -110,7 +110,8 @@ def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
     affine = torch.float32 if s["affine_dtype"] == "float32" else s["dtype"]
     inputs = inputs_of(s["shape"], s["dtype"], affine, not s["frozen"])
     module, _ = check(spelt(s), inputs, RULES, terms=8, dynamic=s["dynamic"])
-    assert targets(module).count("layer_norm") == 1, module.graph
+    seen_writing = s["factor"] == "in place" and s["more"] == "variance"
+    assert targets(module).count("layer_norm") == (not seen_writing), module.graph
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

