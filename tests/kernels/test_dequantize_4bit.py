@@ -35,7 +35,7 @@ def four_bit_layouts(draw: st.DrawFn) -> Layout:
 @given(layout=four_bit_layouts(), seed=st.integers(0, 2**20), tile=st.sampled_from((32, 1024)))
 def test_is_the_formula_bit_for_bit(name: Backend, dtype: torch.dtype, layout: Layout, seed: int, tile: int) -> None:
     weight = packed_weight(layout, seed)
-    with backend(name), patch.object(module, "TILE_WORDS", tile):
+    with backend(name), patch.object(module, "TILE_BYTES", tile):
         got = dequantize_4bit(weight, layout.encode(), dtype)
     exact = four_bit.dequantize(weight, layout, dtype)
     assert got.dtype == dtype and got.is_contiguous()

@@ -104,10 +104,6 @@ def inputs_of(s: dict[str, Any]) -> dict[str, Any]:
     return {"x": x, "z": z, "w": w, "bias": bias} | {n: factors[n] for n in "abcd"}
 
 
-def mixes(s: dict[str, Any]) -> bool:
-    """Whether the spelling adds a float32 update in place onto a narrower base, which rounds before the sum is cast."""
-    return "add_" in s["sum"] or "+=" in s["sum"]
-
 
 @cases
 @given(s=spellings)
