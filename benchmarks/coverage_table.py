@@ -19,7 +19,7 @@ LoRA (rank 4, B not zero) on every linear and trainable norms, in float32 on a C
 padding. Equal: the largest difference over the largest entry is at most 1e-4 for logits and loss and 1e-3 for every
 gradient, and after `undo` everything is bit for bit as before. A gradient is measured against its own largest entry, or
 1e-5 of the model's largest where that is more; what still exceeds its limit is compared with float64, and may be twice
-as far from that as the plain model's own float32 result (gradients that should be zero are rounding in both).""".splitlines()
+as far from that as the plain model's own result (gradients that should be zero are rounding in both).""".splitlines()
 
 Row = dict[str, Any]
 
@@ -96,8 +96,6 @@ def _reasons(rows: list[Row]) -> list[str]:
 
 
 def _excluded(rows: list[Row]) -> list[str]:
-    lines = [
-        "## Types that do not run by themselves: incomplete default configs, missing packages, inputs only a processor makes",
-        "",
-    ]
+    why = "incomplete default configs, missing packages, inputs that only a processor makes"
+    lines = [f"## Types that do not run by themselves: {why}", ""]
     return lines + [f"- `{r['type']}` ({r['model']}): {r['reason']}" for r in rows]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Literal
 
 import torch
@@ -53,6 +53,15 @@ def compute_dtype(x: Tensor) -> torch.dtype:
     return torch.float64 if x.dtype == torch.float64 else torch.float32
 
 
+def owned() -> AbstractContextManager[None]:
+    """Views made inside count as tensors of their own: for an operator that returns the one view of a buffer it made.
+
+    A model may write into an operator's result, which autograd forbids for a view that a custom function returns.
+    """
+    return torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView))
+
+
 def shaped(y: Tensor, *shape: int) -> Tensor:
-    """``y`` in another shape, as a tensor of its own: a model may write into an operator's result, not into a view of it."""
-    return torch.ops.aten._unsafe_view.default(y, list(shape))
+    """``y`` in another shape, as a tensor of its own."""
+    with owned():
+        return y.view(shape)

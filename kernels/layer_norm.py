@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import rows as R
-from .dispatch import compute_dtype
+from .dispatch import compute_dtype, owned
 
 PER_THREAD, PER_THREAD_BACKWARD = 32, 16
 
@@ -86,7 +86,7 @@ def _forward(
 def _backward(
     x, grad, mu, r, dx, weight, partial, sizes, x_strides, grad_strides, mu_strides, r_strides, dx_strides,
     rows, cols, offset, HAS_WEIGHT: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     col = tl.arange(0, COLS)
@@ -96,7 +96,7 @@ def _backward(
     factor = R.load_vector(weight, col, cols, offset, HAS_WEIGHT)
     weight_sum = tl.zeros((ROWS, COLS), tl.float32)
     bias_sum = tl.zeros((ROWS, COLS), tl.float32)
-    for first in range(program.to(INDEX) * ROWS, rows, tl.num_programs(0).to(INDEX) * ROWS):
+    for first in tl.range(program.to(INDEX) * ROWS, rows, tl.num_programs(0).to(INDEX) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         x_row = x + R.row_start(row, sizes, x_strides)[:, None]
         grad_row = grad + R.row_start(row, sizes, grad_strides)[:, None]
@@ -155,8 +155,8 @@ def _launch_backward(
     """dx, dweight and dbias, the latter two in float32; None for one not needed."""
     dx = torch.empty_like(x) if needs[0] else None
     count, options = R.blocks(x, PER_THREAD_BACKWARD)
-    count = min(count, R.persistent(x, options))
-    partial = R.partial_sums(x, count, 2)
+    count = R.spread(x, count, options, any(needs[1:]), (x, grad))
+    partial = R.partial_sums(x, count if any(needs[1:]) else 0, 2)
     options |= {"offset": offset, "HAS_WEIGHT": weight is not None}
     options |= {"NEEDS_X": needs[0], "NEEDS_WEIGHT": needs[1], "NEEDS_BIAS": needs[2]}
     R.launch(_backward, count, (x, grad, mu, r, dx), (weight, partial), options)
@@ -179,10 +179,11 @@ def _matrix(x: Tensor, order: list[int]) -> Tensor:
 
 def _put(matrix: Tensor, like: Tensor, order: list[int]) -> Tensor:
     """``matrix`` with the shape, strides and dtype of the meta tensor ``like``, which mostly is a view of it."""
-    shaped = matrix.view([like.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(like.dim())])
-    if shaped.stride() == like.stride() and shaped.dtype == like.dtype:
-        return shaped
-    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=matrix.device).copy_(shaped)
+    with owned():
+        whole = matrix.view([like.shape[dim] for dim in order]).permute([order.index(dim) for dim in range(like.dim())])
+    if whole.stride() == like.stride() and whole.dtype == like.dtype:
+        return whole
+    return torch.empty_strided(like.shape, like.stride(), dtype=like.dtype, device=matrix.device).copy_(whole)
 
 
 def _plain_forward(

@@ -106,7 +106,7 @@ def _backward(
     x_strides, grad_strides, r_strides, extra_strides, dx_strides, rows, cols, eps, offset,
     MODE: tl.constexpr, HAS_WEIGHT: tl.constexpr, HAS_EXTRA: tl.constexpr,
     NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
-    ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr,
+    ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     col = tl.arange(0, COLS)
@@ -114,7 +114,7 @@ def _backward(
     partial += program.to(tl.int64) * cols
     factor = R.load_vector(weight, col, cols, offset, HAS_WEIGHT)
     total = tl.zeros((ROWS, COLS), tl.float32)
-    for first in range(program.to(INDEX) * ROWS, rows, tl.num_programs(0).to(INDEX) * ROWS):
+    for first in tl.range(program.to(INDEX) * ROWS, rows, tl.num_programs(0).to(INDEX) * ROWS, num_stages=STAGES):
         row = first + tl.arange(0, ROWS)
         x_row = x + R.row_start(row, sizes, x_strides)[:, None]
         grad_row = grad + R.row_start(row, sizes, grad_strides)[:, None]
@@ -163,7 +163,7 @@ def _launch_backward(
 ) -> Tensor:  # fmt: skip
     """Fills ``dx`` if there is one, and returns the weight's gradient in float32, nothing if it is not needed."""
     count, options = R.blocks(x, PER_THREAD_BACKWARD)
-    count = min(count, R.persistent(x, options))
+    count = R.spread(x, count, options, needs_weight, (x, grad, extra))
     partial = R.partial_sums(x, count if needs_weight else 0)
     options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
     options |= {"HAS_EXTRA": extra is not None, "NEEDS_X": dx is not None, "NEEDS_WEIGHT": needs_weight}

@@ -25,7 +25,9 @@ LONGEST = 16384
 TILE = 4096
 """Elements that a program takes at a time if its rows are shorter than this."""
 RESIDENT_WARPS = 16
-"""Warps of a backward kernel for which a multiprocessor has registers; fewer programs leave fewer partial sums."""
+"""Warps of a backward kernel for which a multiprocessor has registers."""
+STAGES, SHARED_BYTES = 3, 96 * 1024
+"""How many blocks a backward has under way, this one included, and the shared memory that the others may take."""
 
 
 def blocks(x: Tensor, per_thread: int) -> tuple[int, dict[str, Any]]:
@@ -62,7 +64,7 @@ def flat(x: Tensor) -> Tensor:
 
 def unflat(y: Tensor, x: Tensor) -> Tensor:
     """The norm of ``flat(x)`` in the shape of ``x``."""
-    return y if x.dim() <= 4 else y.view(x.shape)
+    return y if x.dim() <= 4 else dispatch.shaped(y, *x.shape)
 
 
 def layout(lead: Tensor, *others: Tensor) -> tuple[tuple[int, int], tuple[Strides, ...]]:
@@ -90,29 +92,20 @@ def layout(lead: Tensor, *others: Tensor) -> tuple[tuple[int, int], tuple[Stride
     return (sizes[1], sizes[2]), each
 
 
-def persistent(x: Tensor, options: dict[str, Any]) -> int:
-    """Programs that fill the device of ``x``, each to take many blocks; a CPU counts as one multiprocessor."""
-    units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return units * max(RESIDENT_WARPS // options["num_warps"], 1)
+def spread(x: Tensor, count: int, options: dict[str, Any], sums: bool, read: tuple[Tensor | None, ...]) -> int:
+    """Programs for a backward of ``count`` blocks; also sets its option STAGES.
 
-
-def launch(
-    kernel: Any,
-    count: int,
-    tensors: tuple[Tensor | None, ...],
-    vectors: tuple[Tensor | None, ...],
-    options: dict[str, Any],
-) -> None:
-    """Calls ``kernel(*tensors, *vectors, sizes, *strides, **options)`` on ``count`` programs of the tensors' device.
-
-    Sizes and strides are those of :func:`layout` of ``tensors``. What is None the kernel will not touch.
+    Without ``sums`` over all rows, one a block. With them only as many as run at once, since each leaves a partial sum:
+    each takes many blocks, and fetches those of the tensors ``read`` ahead, as far as shared memory allows.
     """
-    lead = next(t for t in tensors if t is not None)
-    there = [lead if t is None else t for t in tensors]
-    dense = [lead if v is None else v.contiguous() for v in vectors]
-    sizes, strides = layout(*there)
-    with torch.cuda.device_of(lead):
-        kernel[(count,)](*there, *dense, sizes, *strides, **options)
+    options["STAGES"] = 1
+    if not sums:
+        return count
+    block = options["ROWS"] * options["COLS"] * sum(t.element_size() for t in read if t is not None)
+    if options["WHOLE"] and block * (STAGES - 1) <= SHARED_BYTES:
+        options["STAGES"] = STAGES
+    units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
+    return min(count, units * max(RESIDENT_WARPS // options["num_warps"], 1))
 
 
 def partial_sums(x: Tensor, count: int, *lead: int) -> Tensor:

@@ -36,6 +36,8 @@ class Session:
     passes: Sequence[Pass]
     report: RewriteReport
     verify: bool = True
+    names: dict[int, str] = field(default_factory=dict)
+    """Path of each of the model's parameters, by identity."""
     _region: threading.local = field(default_factory=threading.local)
     _replays: dict[Any, Any] = field(default_factory=dict)
 
@@ -85,8 +87,18 @@ class Session:
         if self.verify:
             examples = dict(zip(placeholders, example_inputs, strict=False))
             verifier = Replayer(examples, self._replays)
+        record.region.offset = self._offset(placeholders, example_inputs)
         run_pipeline(module, self.passes, verifier, record)
         record.region.parameters = reached_parameters(module)
+
+
+    def _offset(self, placeholders: list[fx.Node], example_inputs: Sequence[Any]) -> str:
+        """Path below the region of the module that the graph's parameter names are relative to."""
+        for node, value in zip(placeholders, example_inputs, strict=False):
+            relative, whole = parameter_name(node), self.names.get(id(value), "")
+            if relative and whole.endswith("." + relative):
+                return whole.removesuffix("." + relative).removeprefix(self.path).strip(".")
+        return ""
 
 
 @dataclass

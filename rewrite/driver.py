@@ -170,8 +170,18 @@ def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, int]) -> R
 def _insertion_point(match: Match) -> fx.Node:
     """Where the replacement goes: in place of the root, or before whoever reads another output earlier."""
     inside = set(match.nodes)
-    readers = [u for o in match.outputs for u in o.users if u not in inside]
+    holders = [*match.outputs, *_after_outputs(match.nodes, match.outputs[1:])]
+    readers = [u for o in holders for u in o.users if u not in inside]
     return min((match.root, *readers), key=lambda n: n._sort_key)
+
+
+def _after_outputs(nodes: list[fx.Node], outputs: tuple[fx.Node, ...]) -> list[fx.Node]:
+    """Those of ``nodes``, in order, that read one of ``outputs``, directly or not."""
+    found = dict.fromkeys(outputs)
+    for node in nodes:
+        if node not in found and any(i in found for i in node.all_input_nodes):
+            found[node] = None
+    return [n for n in found if n not in outputs]
 
 
 def _replace(
@@ -244,10 +254,13 @@ def commit(change: Change) -> tuple[int, int, int]:
 
     Returns nodes removed, nodes added, and the bytes of intermediate results that are no longer written.
     """
+    late = _after_outputs(change.old, change.old_outputs[1:])
     for old, new in zip(change.old_outputs, change.new_outputs, strict=True):
         old.replace_all_uses_with(new, propagate_meta=False)
     sizes = {n: g.tensor_bytes(n) for n in change.old if g.is_pure(n) and not _is_view(n)}
     removed = g.erase_dead(change.old)
+    for node in reversed([n for n in late if not n._erased]):
+        change.new[-1].append(node)  # it survives, for a reader of its own, and reads a result that stands later now
     gone = sum(size for node, size in sizes.items() if node._erased)
     added = sum(g.tensor_bytes(n) for n in change.new if not _is_view(n))
     return removed, len(change.new), max(0, gone - added)

@@ -64,7 +64,8 @@ class PassRecord:
 class RegionRecord:
     """One captured graph: the module instances that it serves, how it was reached, and how much of it was rewritten.
 
-    ``rung`` is ``graph`` (Dynamo), ``fx`` (torch.fx symbolic tracing) or ``untouched``.
+    ``offset`` is the path, below each instance, of the module whose forward the graph is: not "" where the region's own
+    forward could only be captured in parts. ``rung`` is ``graph`` (Dynamo), ``fx`` (torch.fx symbolic tracing) or ``untouched``.
     """
 
     paths: list[str]
@@ -74,11 +75,12 @@ class RegionRecord:
     nodes_covered: int = 0
     parameters: list[str] = field(default_factory=list)
     note: str = ""
+    offset: str = ""
 
 
-def join(prefix: str, path: str) -> str:
-    """``prefix.path`` without stray dots."""
-    return ".".join(p for p in (prefix, path) if p)
+def join(*paths: str) -> str:
+    """The paths with a dot between those that are not empty."""
+    return ".".join(p for p in paths if p)
 
 
 @dataclass
@@ -95,7 +97,7 @@ class GraphRecord:
         """``records`` once per module instance, with whole paths."""
         for record in records:
             for path in self.region.paths:
-                yield replace(record, module_path=join(path, record.module_path))
+                yield replace(record, module_path=join(path, self.region.offset, record.module_path))
 
 
 @dataclass
@@ -156,7 +158,7 @@ class RewriteReport:
     @property
     def parameter_share(self) -> float:
         """Share of the model's parameters that a replacement reads."""
-        reached = {join(path, p) for g in self.graphs for path in g.region.paths for p in g.region.parameters}
+        reached = {join(path, g.region.offset, p) for g in self.graphs for path in g.region.paths for p in g.region.parameters}
         return sum(n for name, n in self.parameters.items() if name in reached) / max(1, sum(self.parameters.values()))
 
     def why_not(self, path: str) -> str:

@@ -74,6 +74,11 @@ def here(x: Any, function: Callable[..., Any], *args: Any) -> Any:
     return x.tracer.create_proxy("call_function", function, args, {})
 
 
+def record(function: Callable[..., Any], *args: Any) -> Any:
+    """While tracing: record ``function(*args)`` as it is, where Python would take another road for a traced value."""
+    return next(a for a in args if isinstance(a, fx.Proxy)).tracer.create_proxy("call_function", function, args, {})
+
+
 def copied(module: fx.GraphModule) -> fx.GraphModule:
     """A module whose graph does not change when that of ``module`` does."""
     graph = fx.Graph()

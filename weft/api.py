@@ -57,7 +57,8 @@ def optimize(
         return model
     examples = check_examples(example_inputs) if example_inputs is not None else make_examples(root, mode)
     report = RewriteReport(mode, parameters={n: p.numel() for n, p in model.named_parameters()})
-    session = Session(list(default_passes(mode) if passes is None else passes), report, verify)
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    session = Session(list(default_passes(mode) if passes is None else passes), report, verify, names)
     installation = Installation(session)
     started = time.perf_counter()
     prefix = next(path for path, module in model.named_modules() if module is root)

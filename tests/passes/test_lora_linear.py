@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from weft.passes.lora_linear import FuseLoraLinear
 
-from ..graphs import cases, check, computed, copied, normal, targets, trace
+from ..graphs import cases, check, computed, copied, normal, record, targets, trace
 from ..graphs import apply as rewrite
 
 RULES = [FuseLoraLinear()]
@@ -49,7 +49,7 @@ SCALES = {
 SUMS = {
     "y + u": lambda y, u: y + u,
     "u + y": lambda y, u: torch.add(u, y),
-    "y += u": lambda y, u: operator.iadd(y, u),
+    "y += u": lambda y, u: record(operator.iadd, y, u),
     "y.add_(u)": lambda y, u: y.add_(u),
 }
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from weft.passes.rms_norm import FuseRmsNorm
 
-from ..graphs import cases, check, normal, targets
+from ..graphs import cases, check, normal, record, targets
 
 RULES = [FuseRmsNorm()]
 EPS = 1e-3
@@ -53,7 +53,7 @@ FACTORS = {
     "rsqrt(max(m, e))": lambda m: torch.clamp_min(m, EPS).rsqrt(),
     "rsqrt(m)": torch.rsqrt,
     "in place": lambda m: m.add_(EPS).rsqrt(),
-    "+= in place": lambda m: operator.iadd(m, EPS).rsqrt(),
+    "+= in place": lambda m: record(operator.iadd, m, EPS).rsqrt(),
 }
 WEIGHTS = {
     "none": None,
