@@ -86,7 +86,8 @@ def _forward(
 def _backward(
     x, grad, mu, r, dx, weight, partial, sizes, x_strides, grad_strides, mu_strides, r_strides, dx_strides,
     rows, cols, offset, HAS_WEIGHT: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
-    NEEDS_BIAS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr, STAGES: tl.constexpr,
+    NEEDS_BIAS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+    INDEX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0)
     col = tl.arange(0, COLS)
@@ -96,7 +97,8 @@ def _backward(
     factor = R.load_vector(weight, col, cols, offset, HAS_WEIGHT)
     weight_sum = tl.zeros((ROWS, COLS), tl.float32)
     bias_sum = tl.zeros((ROWS, COLS), tl.float32)
-    for first in tl.range(program.to(INDEX) * ROWS, rows, tl.num_programs(0).to(INDEX) * ROWS, num_stages=STAGES):
+    begin, step = program.to(INDEX) * ROWS, tl.num_programs(0).to(INDEX) * ROWS
+    for first in tl.range(begin, rows, step, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         row = first + tl.arange(0, ROWS)
         x_row = x + R.row_start(row, sizes, x_strides)[:, None]
         grad_row = grad + R.row_start(row, sizes, grad_strides)[:, None]

@@ -114,7 +114,8 @@ def _backward(
     partial += program.to(tl.int64) * cols
     factor = R.load_vector(weight, col, cols, offset, HAS_WEIGHT)
     total = tl.zeros((ROWS, COLS), tl.float32)
-    for first in tl.range(program.to(INDEX) * ROWS, rows, tl.num_programs(0).to(INDEX) * ROWS, num_stages=STAGES):
+    begin, step = program.to(INDEX) * ROWS, tl.num_programs(0).to(INDEX) * ROWS
+    for first in tl.range(begin, rows, step, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
         row = first + tl.arange(0, ROWS)
         x_row = x + R.row_start(row, sizes, x_strides)[:, None]
         grad_row = grad + R.row_start(row, sizes, grad_strides)[:, None]

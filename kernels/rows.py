@@ -108,6 +108,25 @@ def spread(x: Tensor, count: int, options: dict[str, Any], sums: bool, read: tup
     return min(count, units * max(RESIDENT_WARPS // options["num_warps"], 1))
 
 
+def launch(
+    kernel: Any,
+    count: int,
+    tensors: tuple[Tensor | None, ...],
+    vectors: tuple[Tensor | None, ...],
+    options: dict[str, Any],
+) -> None:
+    """Calls ``kernel(*tensors, *vectors, sizes, *strides, **options)`` on ``count`` programs of the tensors' device.
+
+    Sizes and strides are those of :func:`layout` of ``tensors``. What is None the kernel will not touch.
+    """
+    lead = next(t for t in tensors if t is not None)
+    there = [lead if t is None else t for t in tensors]
+    dense = [lead if v is None else v.contiguous() for v in vectors]
+    sizes, strides = layout(*there)
+    with torch.cuda.device_of(lead):
+        kernel[(count,)](*there, *dense, sizes, *strides, **options)
+
+
 def partial_sums(x: Tensor, count: int, *lead: int) -> Tensor:
     """(*lead, count, cols) in float32 for sums over rows, one for each program; zero if it adds them up there."""
     make = torch.empty if x.shape[-1] <= LONGEST else torch.zeros

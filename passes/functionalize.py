@@ -59,7 +59,17 @@ def _functional(node: fx.Node) -> tuple[str, Any, dict[str, Any]] | None:
     if node.kwargs.get("inplace") is True:
         return node.op, node.target, kwargs
     name = str(node.target)[:-1]
-    known = node.op == "call_method" and name in ("add", "sub", "mul", "div", "clamp", "relu", "pow", "neg", "masked_fill")
+    known = node.op == "call_method" and name in (
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "clamp",
+        "relu",
+        "pow",
+        "neg",
+        "masked_fill",
+    )
     return ("call_method", name, kwargs) if known and hasattr(torch.Tensor, name) else None
 
 
@@ -68,4 +78,6 @@ def _make_functional(node: fx.Node) -> None:
     assert found is not None and isinstance(node.args[0], fx.Node)
     node.op, node.target, node.kwargs = found
     target = node.args[0]
-    target.replace_all_uses_with(node, delete_user_cb=lambda user: user is not node and g.before(node, user), propagate_meta=False)
+    target.replace_all_uses_with(
+        node, delete_user_cb=lambda user: user is not node and g.before(node, user), propagate_meta=False
+    )

@@ -39,7 +39,9 @@ class FuseGatedMlp(RewriteRule):
     name = "gated_mlp"
     variants = {"activation": tuple(ACTIVATIONS), "packed": (True, False)}
 
-    def pattern(self, gate: Any, up: Any, x: Any, a: Any, b: Any, c: Any, d: Any, step: Any, *, activation: str, packed: bool) -> Any:
+    def pattern(
+        self, gate: Any, up: Any, x: Any, a: Any, b: Any, c: Any, d: Any, step: Any, *, activation: str, packed: bool
+    ) -> Any:
         """Gate and up as two tensors, or as two parts of one."""
         if packed:
             gate, up = part(x, a, b, step), part(x, c, d, step)

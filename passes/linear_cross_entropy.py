@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import fx
+from torch import Tensor, fx
 
 from ..kernels.deferred_logits import deferred_logits, dropped_logits
 from ..kernels.linear_cross_entropy import linear_cross_entropy
@@ -86,15 +86,22 @@ class FuseLinearCrossEntropy(RewriteRule):
         if dtype_of(m.root) != torch.float32:
             loss = loss.to(dtype_of(m.root))
         if self.logits == "drop":
-            return loss, call(dropped_logits, x, w, DroppedOutputError)
+            return loss, call(_dropped, x, w)
         return loss, call(deferred_logits, x, w, b, logit_scale=scale, softcap=float(m.cap or 0.0))
+
+
+def _dropped(x: Tensor, w: Tensor) -> Tensor:
+    """In a graph: what stands for logits that the user does not want."""
+    return dropped_logits(x, w, DroppedOutputError)
 
 
 def _keeps_features(index: Any) -> bool:
     """Whether indexing with ``index`` leaves the last dimension whole."""
-    items = index if isinstance(index, tuple) else (index,)
+    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
     plain = all(isinstance(i, slice) or i is Ellipsis for i in items)
-    return plain and (items[-1] == slice(None) or len(items) < 3 and items[-1] is not Ellipsis and Ellipsis not in items)
+    return plain and (
+        items[-1] == slice(None) or (len(items) < 3 and items[-1] is not Ellipsis and Ellipsis not in items)
+    )
 
 
 def _other_readers(m: Match) -> list[fx.Node]:

@@ -42,7 +42,16 @@ class FuseParallelLinears(SiblingRule):
         weights, layouts, biases, a, b, scales, x_adapters = (list(column) for column in zip(*each, strict=True))
         kind = next((n.kwargs.get("adapter_dtype") for n in nodes if n.target is lora_linear), None)
         outputs = call(
-            parallel_linears, values[0].args[0], weights, layouts, biases, a, b, scales, x_adapters=x_adapters, adapter_dtype=kind
+            parallel_linears,
+            values[0].args[0],
+            weights,
+            layouts,
+            biases,
+            a,
+            b,
+            scales,
+            x_adapters=x_adapters,
+            adapter_dtype=kind,
         )
         return [outputs[i] for i in range(len(nodes))]
 

@@ -29,9 +29,7 @@ class FuseResidualNorm(RewriteRule):
             return self.refuse(m, f"the addends have shapes {list(sizes(m.x))} and {list(sizes(m.r))}")
         return None
 
-    def rewrite(
-        self, m: Match, x: Any, r: Any, w: Any, eps: Any, offset: Any, eps_mode: Any, dtype: Any
-    ) -> Any:
+    def rewrite(self, m: Match, x: Any, r: Any, w: Any, eps: Any, offset: Any, eps_mode: Any, dtype: Any) -> Any:
         """The norm and the sum, from one pass over memory."""
         both = call(residual_rms_norm, x, r, w, eps, offset=offset, eps_mode=eps_mode, dtype=dtype)
         return both[0], both[1]

@@ -60,7 +60,9 @@ class FuseRmsNorm(RewriteRule):
             return self.refuse(m, "eps is computed by the graph, not a constant")
         if m.form == "library" and tuple(m.shape) != (size,):
             return self.refuse(m, "it normalizes over several dimensions")
-        if m.form == "normalize" and not (isinstance(m.scale, float | int) and math.isclose(m.scale, size**0.5, rel_tol=1e-6)):
+        if m.form == "normalize" and not (
+            isinstance(m.scale, float | int) and math.isclose(m.scale, size**0.5, rel_tol=1e-6)
+        ):
             return self.refuse(m, "the factor after F.normalize is not the square root of the size")
         return None
 

@@ -22,9 +22,7 @@ class FuseRope(RewriteRule):
     name = "rope"
     variants = {"form": ("rotate half", "two halves", "rotate pairs", "two of a pair", "complex", "complex, one table")}
 
-    def pattern(
-        self, x: Any, cos: Any, sin: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, *, form: str
-    ) -> Any:
+    def pattern(self, x: Any, cos: Any, sin: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, *, form: str) -> Any:
         """Half-rotated and interleaved, through a rotated copy or part by part, and as a complex product."""
         if form.startswith("complex"):
             return from_complex(as_complex(x) * cos)
@@ -78,7 +76,9 @@ class FusePartialRope(RewriteRule):
         self, x: Any, cos: Any, sin: Any, interleaved: Any, rotary_dim: Any, dtype: Any, stop: Any, end: Any
     ) -> Any:
         """The rotated part comes first; the rest passes through."""
-        rotated = call(rope_single, part(x, 0, stop), cos, sin, interleaved=interleaved, rotary_dim=rotary_dim, dtype=dtype)
+        rotated = call(
+            rope_single, part(x, 0, stop), cos, sin, interleaved=interleaved, rotary_dim=rotary_dim, dtype=dtype
+        )
         return torch.cat((rotated, part(x, stop, end)), -1)
 
     def check(self, m: Match) -> Refusal | None:

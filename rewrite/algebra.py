@@ -321,7 +321,11 @@ def selected(v: View, at: Site, x: Any, dim: Any, index: Any) -> Expr | None:
 @equation("narrow")
 def narrowed(v: View, at: Site, x: Any, dim: Any, start: Any, length: Any) -> Expr | None:
     """narrow(x, -1, a, n) = x[..., a:a+n]"""
-    if not isinstance(x, Expr) or from_the_end(dim, x) != -1 or not (isinstance(start, int) and isinstance(length, int)):
+    if (
+        not isinstance(x, Expr)
+        or from_the_end(dim, x) != -1
+        or not (isinstance(start, int) and isinstance(length, int))
+    ):
         return None
     return part(v, at, x, start, start + length, 1)
 
@@ -405,7 +409,11 @@ def complex_as_pairs(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
     if not isinstance(x, Expr) or x.op != "view_as_real" or at.node is None or x.node is None:
         return None
     before, after = sizes(x.node), sizes(at.node)
-    return v.intern("from_complex", x.args, at.node) if before[:-2] == after[:-1] and len(after) == len(before) - 1 else None
+    return (
+        v.intern("from_complex", x.args, at.node)
+        if before[:-2] == after[:-1] and len(after) == len(before) - 1
+        else None
+    )
 
 
 # quantized products -------------------------------------------------------------------------------------------------
@@ -425,7 +433,11 @@ def product_inside_autograd_function(v: View, at: Site, x: Any, index: Any) -> E
     outside = dict(zip((n for n in result.graph.nodes if n.op == "placeholder"), x.node.args[2:], strict=False))
     args = bind("gemm_4bit", result.args, dict(result.kwargs))
     resolved = [_resolve(a, outside) for a in args or ()]
-    return v.intern("gemm_4bit", tuple(v.of(r) for r in resolved), at.node) if resolved and None not in resolved[:1] else None
+    return (
+        v.intern("gemm_4bit", tuple(v.of(r) for r in resolved), at.node)
+        if resolved and None not in resolved[:1]
+        else None
+    )
 
 
 def _first_result(graph: fx.Graph) -> fx.Node | None:

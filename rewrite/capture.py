@@ -22,7 +22,12 @@ from .verify import Replayer
 
 _log = logging.getLogger(__name__)
 
-DYNAMO_SETTINGS = {"specialize_float": True, "specialize_int": True, "recompile_limit": 256, "accumulated_recompile_limit": 4096}
+DYNAMO_SETTINGS = {
+    "specialize_float": True,
+    "specialize_int": True,
+    "recompile_limit": 256,
+    "accumulated_recompile_limit": 4096,
+}
 """In force while one of our regions runs: constants stay constants, and no graph is dropped for being one too many."""
 
 
@@ -72,7 +77,9 @@ class Session:
             _log.debug("rewriting %s failed", self.path, exc_info=True)
             record = GraphRecord(RegionRecord([self.path], "graph", note=f"left as captured: {_first_line(error)}"))
             record.region.nodes_before = record.region.nodes_after = len(module.graph.nodes)
-            self.report.notes.append(f"{self.path or '(top)'}: rewriting failed, runs as captured: {_first_line(error)}")
+            self.report.notes.append(
+                f"{self.path or '(top)'}: rewriting failed, runs as captured: {_first_line(error)}"
+            )
             function = lower(original)
         self.report.graphs.append(record)
         self.report.total_seconds += time.perf_counter() - started
@@ -90,7 +97,6 @@ class Session:
         record.region.offset = self._offset(placeholders, example_inputs)
         run_pipeline(module, self.passes, verifier, record)
         record.region.parameters = reached_parameters(module)
-
 
     def _offset(self, placeholders: list[fx.Node], example_inputs: Sequence[Any]) -> str:
         """Path below the region of the module that the graph's parameter names are relative to."""

@@ -31,13 +31,17 @@ def _check_compiled(model: nn.Module) -> None:
                 f"{path or type(module).__name__} is compiled already: call optimize() on the model before torch.compile"
             )
         if isinstance(module, torch.jit.ScriptModule):
-            raise UnsupportedModelError(f"{path or type(module).__name__} is a TorchScript module: optimize() the original")
+            raise UnsupportedModelError(
+                f"{path or type(module).__name__} is a TorchScript module: optimize() the original"
+            )
 
 
 def _check_hooks(model: nn.Module) -> None:
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
-        if hook is not None and (getattr(hook, "offload", False) or getattr(hook, "cpu_offload_hook", None) is not None):
+        if hook is not None and (
+            getattr(hook, "offload", False) or getattr(hook, "cpu_offload_hook", None) is not None
+        ):
             raise UnsupportedModelError(
                 f"the weights of {path or 'the model'} are offloaded by accelerate: load the model onto one device "
                 '(device_map={"": 0}) before optimize()'
@@ -54,4 +58,6 @@ def _check_weights(model: nn.Module) -> None:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to optimize")
     if len(devices) > 1:
         where = ", ".join(f"{name} on {device}" for device, name in devices.items())
-        raise UnsupportedModelError(f"the weights are on several devices ({where}): move the model to one with model.to(device)")
+        raise UnsupportedModelError(
+            f"the weights are on several devices ({where}): move the model to one with model.to(device)"
+        )

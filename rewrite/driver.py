@@ -63,7 +63,9 @@ def apply_rule(module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | N
     return outcome
 
 
-def _sweep(module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None, outcome: Outcome, refused: set[Any]) -> bool:
+def _sweep(
+    module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None, outcome: Outcome, refused: set[Any]
+) -> bool:
     """One walk over the graph; whether it changed anything."""
     view, contexts, changed = View(), g.context_of(module.graph), False
     for node in reversed(list(module.graph.nodes)):
@@ -83,7 +85,12 @@ def _sweep(module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None,
 
 
 def _attempt(
-    module: fx.GraphModule, rule: RewriteRule, match: Match, contexts: dict[fx.Node, int], verifier: Verifier | None, outcome: Outcome
+    module: fx.GraphModule,
+    rule: RewriteRule,
+    match: Match,
+    contexts: dict[fx.Node, int],
+    verifier: Verifier | None,
+    outcome: Outcome,
 ) -> Refusal | None:
     """Rewrite ``match``, or say why not."""
     refusal = _illegal(rule, match, contexts)
@@ -111,7 +118,9 @@ def _note_miss(rule: RewriteRule, node: fx.Node, miss: Miss, outcome: Outcome, r
     if 2 * miss.progress > size and key not in refused:
         refused.add(key)
         outcome.misses.append(
-            NearMiss(rule.name, g.module_path(node), g.source(node), f"{miss.progress} of {size} operations", miss.reason)
+            NearMiss(
+                rule.name, g.module_path(node), g.source(node), f"{miss.progress} of {size} operations", miss.reason
+            )
         )
 
 
@@ -159,9 +168,11 @@ def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, int]) -> R
         return rule.refuse(match, "a random operation would be moved")
     start, end = match.nodes[0], _insertion_point(match)
     inside = [n for n in match.root.graph.nodes if not g.before(n, start) and not g.before(match.root, n)]
-    read = set[fx.Node]().union(*(g.storage_roots(i) for i in match.inputs()), *(g.storage_roots(n) for n in match.nodes))
+    read = set[fx.Node]().union(
+        *(g.storage_roots(i) for i in match.inputs()), *(g.storage_roots(n) for n in match.nodes)
+    )
     for node in inside:
-        if g.is_in_place(node) and node.args and isinstance(node.args[0], fx.Node) and read & g.storage_roots(node.args[0]):
+        if read & g.overwritten(node):
             return rule.refuse(match, f"{node.name} overwrites a value in place between the matched operations")
     late = [i.name for i in match.inputs() if not g.before(i, end)]
     return rule.refuse(match, f"{late[0]} is computed after a result is first read") if late else None
@@ -213,7 +224,9 @@ def _build(graph: fx.Graph, rule: RewriteRule, match: Match) -> tuple[tuple[fx.N
     outputs = tuple(r.node for r in (result if isinstance(result, tuple) else (result,)))
     new = [n for n in graph.nodes if n not in before]
     for node in new:
-        node.meta = {k: v for k, v in match.anchor.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+        node.meta = {
+            k: v for k, v in match.anchor.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")
+        }
         node.meta["val"] = fake_run(node)
     return outputs, new
 

@@ -35,7 +35,7 @@ class Expr:
 
     def walk(self) -> Iterator[Expr]:
         """This expression and all below it, each once."""
-        seen, pending = set[int](), [self]
+        seen, pending = set[int](), list[Expr]([self])
         while pending:
             current = pending.pop()
             if id(current) in seen:
@@ -141,7 +141,9 @@ class View:
     def same_type(a: Any, b: Any) -> bool:
         """Whether both nodes compute tensors of one dtype on one device, so that a conversion between them is none."""
         x, y = value(a), value(b)
-        return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype == y.dtype and x.device == y.device
+        return (
+            isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and x.dtype == y.dtype and x.device == y.device
+        )
 
 
 def settled_number(found: Any) -> int | float | None:

@@ -12,12 +12,22 @@ from torch.fx.node import map_arg
 
 from .vocabulary import is_in_place, operation, target_name
 
-_CONTEXT_TARGETS = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast", "set_grad_enabled", "_enter_inference_mode")
-_RANDOM = frozenset("dropout dropout_ bernoulli bernoulli_ rand randn rand_like randn_like alpha_dropout normal_ uniform_ "
-                    "multinomial rrelu gumbel_softmax feature_dropout native_dropout".split())
-VIEWS = frozenset("view transpose permute t unsqueeze squeeze expand getitem select narrow chunk split unbind flatten "
-                   "unflatten view_as view_as_real view_as_complex detach diagonal expand_as contiguous cast "
-                   "as_strided movedim real imag mT T H".split())
+_CONTEXT_TARGETS = (
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "set_grad_enabled",
+    "_enter_inference_mode",
+)
+_RANDOM = frozenset((
+    "dropout", "dropout_", "bernoulli", "bernoulli_", "rand", "randn", "rand_like", "randn_like", "alpha_dropout",
+    "normal_", "uniform_", "multinomial", "rrelu", "gumbel_softmax", "feature_dropout", "native_dropout",
+))  # fmt: skip
+VIEWS = frozenset((
+    "view", "transpose", "permute", "t", "unsqueeze", "squeeze", "expand", "getitem", "select", "narrow", "chunk", "split",
+    "unbind", "flatten", "unflatten", "view_as", "view_as_real", "view_as_complex", "detach", "diagonal", "expand_as",
+    "contiguous", "cast", "as_strided", "movedim", "real", "imag", "mT", "T", "H",
+))  # fmt: skip
 
 
 def value(node: Any) -> Any:
@@ -121,7 +131,9 @@ def is_pure(node: fx.Node) -> bool:
     """Whether ``node`` may be erased when nothing reads it."""
     if node.op in ("get_attr",):
         return True
-    return node.op in ("call_function", "call_method") and not (is_in_place(node) or is_context(node) or is_random(node))
+    return node.op in ("call_function", "call_method") and not (
+        is_in_place(node) or is_context(node) or is_random(node)
+    )
 
 
 def storage_roots(node: fx.Node) -> set[fx.Node]:
@@ -137,6 +149,18 @@ def storage_roots(node: fx.Node) -> set[fx.Node]:
     return roots
 
 
+def overwritten(node: fx.Node) -> set[fx.Node]:
+    """The nodes whose memory ``node`` may overwrite: what shares its ``out``, else its first argument."""
+    if not is_in_place(node):
+        return set()
+    schema = getattr(node.target, "_schema", None)
+    if schema is not None and schema.is_mutable:
+        written = node.all_input_nodes
+    else:
+        written = [n for n in (node.kwargs.get("out"), *node.args[:1]) if isinstance(n, fx.Node)]
+    return set[fx.Node]().union(*(storage_roots(n) for n in written))
+
+
 def context_of(graph: fx.Graph) -> dict[fx.Node, int]:
     """For each node, the number of mode switches before it: nodes of one number run under the same modes."""
     contexts: dict[fx.Node, int] = {}
@@ -147,7 +171,9 @@ def context_of(graph: fx.Graph) -> dict[fx.Node, int]:
     return contexts
 
 
-def copy_nodes(nodes: Iterable[fx.Node], inputs: Iterable[fx.Node], outputs: Iterable[fx.Node], root: fx.GraphModule) -> fx.GraphModule:
+def copy_nodes(
+    nodes: Iterable[fx.Node], inputs: Iterable[fx.Node], outputs: Iterable[fx.Node], root: fx.GraphModule
+) -> fx.GraphModule:
     """``nodes`` as a graph module of their own, with ``inputs`` as placeholders and a tuple of ``outputs``."""
     graph, env = fx.Graph(), dict[fx.Node, fx.Node]()
     for i, node in enumerate(inputs):

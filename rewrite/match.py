@@ -123,9 +123,12 @@ def _match_constant(pattern: Any, target: Any, state: _State, miss: Miss) -> Ite
         if isinstance(target, tuple | list) and len(pattern) == len(target):
             yield from _match_all(tuple(pattern), tuple(target), state, miss)
         return
-    if isinstance(pattern, float | int) and isinstance(target, float | int) and _same_number(pattern, target):
-        yield state
-    elif pattern is target or (isinstance(pattern, str | type(None)) and pattern == target):
+    numbers = isinstance(pattern, float | int) and isinstance(target, float | int)
+    if (
+        pattern is target
+        or (numbers and _same_number(pattern, target))
+        or (isinstance(pattern, str) and pattern == target)
+    ):
         yield state
     else:
         miss.note(state.progress, target, f"expected the constant {pattern!r}, found {target!r}")

@@ -42,12 +42,16 @@ class Rules:
         """Apply each rule wherever it matches."""
         outcome = Outcome()
         for rule in self.rules:
-            apply = apply_sibling_rule if isinstance(rule, SiblingRule) else apply_rule
-            outcome.extend(apply(module, rule, verifier))
+            if isinstance(rule, SiblingRule):
+                outcome.extend(apply_sibling_rule(module, rule, verifier))
+            else:
+                outcome.extend(apply_rule(module, rule, verifier))
         return outcome
 
 
-def run_pipeline(module: fx.GraphModule, passes: Sequence[Pass], verifier: Verifier | None, record: GraphRecord) -> None:
+def run_pipeline(
+    module: fx.GraphModule, passes: Sequence[Pass], verifier: Verifier | None, record: GraphRecord
+) -> None:
     """Run ``passes`` over ``module`` and the graphs inside it, filling ``record``.
 
     Raises:

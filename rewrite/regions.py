@@ -72,9 +72,7 @@ def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
         children = list(container.named_children())
         classes = [type(c) for _, c in children]
         found |= {
-            _join(path, name): child
-            for name, child in children
-            if classes.count(type(child)) > 1 and _is_block(child)
+            _join(path, name): child for name, child in children if classes.count(type(child)) > 1 and _is_block(child)
         }
     return found
 

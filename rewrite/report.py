@@ -158,7 +158,9 @@ class RewriteReport:
     @property
     def parameter_share(self) -> float:
         """Share of the model's parameters that a replacement reads."""
-        reached = {join(path, g.region.offset, p) for g in self.graphs for path in g.region.paths for p in g.region.parameters}
+        reached = {
+            join(path, g.region.offset, p) for g in self.graphs for path in g.region.paths for p in g.region.parameters
+        }
         return sum(n for name, n in self.parameters.items() if name in reached) / max(1, sum(self.parameters.values()))
 
     def why_not(self, path: str) -> str:
@@ -169,7 +171,10 @@ class RewriteReport:
 
     def to_dict(self) -> dict[str, Any]:
         """The report as plain data."""
-        lists = {n: [asdict(r) for r in getattr(self, n)] for n in ("rewrites", "refusals", "near_misses", "passes", "regions")}
+        lists = {
+            n: [asdict(r) for r in getattr(self, n)]
+            for n in ("rewrites", "refusals", "near_misses", "passes", "regions")
+        }
         return {
             "mode": self.mode,
             **lists,

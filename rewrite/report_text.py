@@ -124,7 +124,9 @@ def why_not(report: RewriteReport, path: str) -> str:
     """Everything the report knows of the module at ``path`` and those inside it."""
     inside = lambda p: p == path or p.startswith(path + ".")  # noqa: E731
     lines = [f"{r.module_path}: rewritten by {r.rule}" for r in report.rewrites if inside(r.module_path)]
-    lines += [f"{r.module_path}: {r.rule} refused: {r.reason} ({r.source})" for r in report.refusals if inside(r.module_path)]
+    lines += [
+        f"{r.module_path}: {r.rule} refused: {r.reason} ({r.source})" for r in report.refusals if inside(r.module_path)
+    ]
     lines += [
         f"{m.module_path}: {m.rule} came as far as {m.progress}, then {m.reason} ({m.source})"
         for m in report.near_misses

@@ -62,7 +62,8 @@ def _merge(
     module: fx.GraphModule, rule: SiblingRule, nodes: list[fx.Node], verifier: Verifier | None, outcome: Outcome
 ) -> Refusal | None:
     graph, last = module.graph, nodes[-1]
-    problem = _move_readers(graph, nodes)
+    readers = _readers_between(graph, nodes)
+    problem = _order_problem(graph, nodes, readers)
     if problem is not None:
         return Refusal(rule.name, g.module_path(last), g.source(last), problem)
     tracer, before = fx.proxy.GraphAppendingTracer(graph), set(graph.nodes)
@@ -83,6 +84,8 @@ def _merge(
         g.erase_dead(new)
         return Refusal(rule.name, g.module_path(last), g.source(last), problem)
     path, place = _common_path(nodes), g.source(last)
+    for node in reversed(readers):
+        last.append(node)
     outcome.rewrites.append(Rewrite(rule.name, path, place, *commit(change), error))
     return None
 
@@ -96,26 +99,30 @@ def _common_path(nodes: list[fx.Node]) -> str:
     return ".".join(parts[0][:shared])
 
 
-def _move_readers(graph: fx.Graph, nodes: list[fx.Node]) -> str | None:
-    """Move whatever between the siblings reads one of them behind the last; says why where that is impossible."""
-    first, last = nodes[0], nodes[-1]
-    between = [n for n in graph.nodes if g.before(first, n) and g.before(n, last)]
-    dependent = set(nodes[:-1])
-    moved = []
-    for node in between:
-        if node in nodes:
-            if any(i in dependent for i in node.all_input_nodes):
-                return "one of them reads another's result"
-            continue
+def _between(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
+    return [n for n in graph.nodes if g.before(nodes[0], n) and g.before(n, nodes[-1])]
+
+
+def _readers_between(graph: fx.Graph, nodes: list[fx.Node]) -> list[fx.Node]:
+    """What stands between the siblings and needs the result of one: it must move behind the last."""
+    dependent, readers = set(nodes[:-1]), list[fx.Node]()
+    for node in _between(graph, nodes):
         if any(i in dependent for i in node.all_input_nodes):
             dependent.add(node)
-            moved.append(node)
-    if any(i in dependent for i in last.all_input_nodes):
+            readers.append(node)
+    return readers
+
+
+def _order_problem(graph: fx.Graph, nodes: list[fx.Node], readers: list[fx.Node]) -> str | None:
+    """Why the siblings may not be computed where the last one stands, and their readers behind it, if so."""
+    between, moved = _between(graph, nodes), set(readers)
+    if moved & set(nodes) or any(i in moved or i in nodes for i in nodes[-1].all_input_nodes):
         return "one of them reads another's result"
-    if moved and any(g.is_in_place(n) or g.is_context(n) for n in between):
-        return "between them a value is overwritten in place, or gradient or autocast mode changes"
-    point = last
-    for node in moved:
-        point.append(node)
-        point = node
+    read = set[fx.Node]().union(*(g.storage_roots(i) for n in nodes[:-1] for i in n.all_input_nodes))
+    if any(g.is_in_place(n) and (moved or read & g.overwritten(n)) for n in between):
+        return "between them a value is overwritten in place"
+    if moved and any(g.is_context(n) for n in between):
+        return "between them gradient or autocast mode changes"
+    if any(g.is_random(n) for n in moved) and any(g.is_random(n) for n in between if n not in moved):
+        return "between them random numbers would be drawn in another order"
     return None

@@ -36,11 +36,15 @@ class Replayer:
         boundary = _boundary(change)
         key = _signature(change, boundary)
         if key not in self.seen:
-            with saved_tensors_hooks(_same, _same):  # a checkpoint around the captured call must not save or replay this
+            with saved_tensors_hooks(
+                _same, _same
+            ):  # a checkpoint around the captured call must not save or replay this
                 self.seen[key] = self._replay(module, change, boundary)
         return self.seen[key]
 
-    def _replay(self, module: fx.GraphModule, change: Change, boundary: list[fx.Node]) -> tuple[float | None, str | None]:
+    def _replay(
+        self, module: fx.GraphModule, change: Change, boundary: list[fx.Node]
+    ) -> tuple[float | None, str | None]:
         casts = [n for n in boundary if _is_cast_of(n, boundary)]  # one value: drawn apart, the two would differ
         boundary = [n for n in boundary if n not in casts]
         old = g.copy_nodes([*casts, *change.old], boundary, change.old_outputs, module)
@@ -211,7 +215,7 @@ class _Float64(fx.Interpreter):
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Methods that convert to a narrower type convert to float64."""
         args, kwargs = tree_map(_widen_dtype, (args, kwargs))
-        return super().call_method(_DOUBLE_METHODS.get(target, target), args, kwargs)
+        return super().call_method(_DOUBLE_METHODS.get(str(target), str(target)), args, kwargs)
 
 
 def _product_4bit(

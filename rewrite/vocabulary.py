@@ -77,19 +77,28 @@ view_as_real(x)                                                              |
 complex(x, y)                                                                |
 polar(x, y)                                                                  |
 pad(x, pad, mode='constant', value=None)                                     | constant_pad_nd
-cross_entropy(x, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction='mean', label_smoothing=0.0) | cross_entropy_loss
-nll_loss(x, target, weight=None, size_average=None, ignore_index=-100, reduce=None, reduction='mean') |
+cross_entropy(x, target, weight=None, a=None, ignore_index=-100, b=None, reduction='mean', smoothing=0.0)    | cross_entropy_loss
+nll_loss(x, target, weight=None, a=None, ignore_index=-100, b=None, reduction='mean')                       |
 log_softmax(x, dim=None, _stacklevel=3, dtype=None)                          |
 gemm_4bit(x, weight, shape, absmax, block_size, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None) |
 """
 
-CASTS = frozenset(
-    "to type type_as float half bfloat16 double _to_copy _autocast_to_full_precision _autocast_to_reduced_precision "
-    "convert_element_type __to".split()
-)
+CASTS = frozenset((
+    "to", "type", "type_as", "float", "half", "bfloat16", "double", "_to_copy", "_autocast_to_full_precision",
+    "_autocast_to_reduced_precision", "convert_element_type",
+))  # fmt: skip
 """Conversions of dtype or device: what they convert to is read off the result, not off their many argument forms."""
 
-ALIASES = {"axis": "dim", "keepdims": "keepdim", "input": "x", "other": "y", "self": "x", "exponent": "y", "tensor": "x"}
+ALIASES = {
+    "axis": "dim",
+    "keepdims": "keepdim",
+    "input": "x",
+    "other": "y",
+    "self": "x",
+    "exponent": "y",
+    "tensor": "x",
+    "label_smoothing": "smoothing",
+}
 """Keyword names that some spellings of one signature use."""
 
 
@@ -98,7 +107,9 @@ def _parse(line: str) -> tuple[str, Signature, list[str]]:
     call = ast.parse(f"def {head.strip()}: ...").body[0]
     assert isinstance(call, ast.FunctionDef)
     names = [a.arg for a in call.args.args]
-    defaults = [Parameter.empty] * (len(names) - len(call.args.defaults)) + [ast.literal_eval(d) for d in call.args.defaults]
+    defaults = [Parameter.empty] * (len(names) - len(call.args.defaults)) + [
+        ast.literal_eval(d) for d in call.args.defaults
+    ]
     parameters = [
         Parameter(n, Parameter.POSITIONAL_OR_KEYWORD, default=d) for n, d in zip(names, defaults, strict=True)
     ]
@@ -111,7 +122,9 @@ _PARSED = [_parse(line) for line in TABLE.strip().splitlines()]
 SIGNATURES: dict[str, Signature] = {name: signature for name, signature, _ in _PARSED}
 SPELLINGS: dict[str, str] = {s: name for name, _, others in _PARSED for s in (name, *others)}
 
-_IN_PLACE_OPERATORS = {getattr(operator, n) for n in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "setitem")}
+_IN_PLACE_OPERATORS = {
+    getattr(operator, n) for n in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "setitem")
+}
 
 
 def target_name(target: Any) -> str:
@@ -158,7 +171,9 @@ def bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
     signature = SIGNATURES.get(name)
     if signature is None:
         return None
-    known = {k if k in signature.parameters else ALIASES.get(k, k): v for k, v in kwargs.items() if k != "memory_format"}
+    known = {
+        k if k in signature.parameters else ALIASES.get(k, k): v for k, v in kwargs.items() if k != "memory_format"
+    }
     known = {_first_name(signature, k): v for k, v in known.items()}
     try:
         bound = signature.bind(*args, **known)
@@ -168,7 +183,11 @@ def bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
     values: list[Any] = []
     for parameter in signature.parameters.values():
         value = bound.arguments[parameter.name]
-        if parameter.kind is Parameter.VAR_POSITIONAL and len(value) == 1 and isinstance(value[0], tuple | list | torch.Size):
+        if (
+            parameter.kind is Parameter.VAR_POSITIONAL
+            and len(value) == 1
+            and isinstance(value[0], tuple | list | torch.Size)
+        ):
             value = tuple(value[0])
         values.append(value)
     return tuple(values)
@@ -177,5 +196,3 @@ def bind(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any,
 def _first_name(signature: Signature, keyword: str) -> str:
     """``cat(tensors=...)`` and ``cat(x=...)``: the alias ``x`` stands for whatever the first parameter is called."""
     return next(iter(signature.parameters)) if keyword == "x" and "x" not in signature.parameters else keyword
-
-

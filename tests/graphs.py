@@ -160,7 +160,11 @@ def computed(module: fx.GraphModule, inputs: Inputs) -> Named:
     fresh = {k: v.clone() if isinstance(v, Tensor) and not _floats(v) else v for k, v in fresh.items()}
     outputs = [o for o in tree_leaves(module(*fresh.values())) if isinstance(o, Tensor)]
     found: Named = {f"output {i}": o if type(o) is Tensor else o.clone() for i, o in enumerate(outputs)}
-    live = [(o, normal(i, *o.shape, dtype=o.dtype)) for i, o in enumerate(found.values()) if o is not None and o.requires_grad]
+    live = [
+        (o, normal(i, *o.shape, dtype=o.dtype))
+        for i, o in enumerate(found.values())
+        if o is not None and o.requires_grad
+    ]
     leaves = {k: v for k, v in fresh.items() if isinstance(v, Tensor) and v.requires_grad}
     found |= {f"input {k}": v for k, v in fresh.items() if isinstance(v, Tensor)}
     if live and leaves:
@@ -184,7 +188,9 @@ def assert_equal(module: fx.GraphModule, original: fx.GraphModule, inputs: Input
     truth, eager, ours = in_float64(original, inputs), computed(original, inputs), computed(module, inputs)
     assert ours.keys() == eager.keys()
     narrow = max((torch.finfo(v.dtype).eps for v in inputs.values() if _floats(v)), default=0.0)
-    top = max(1.0, *(largest(v) for v in truth.values() if v is not None))  # 1: gradients start from standard normal ones
+    top = max(
+        1.0, *(largest(v) for v in truth.values() if v is not None)
+    )  # 1: gradients start from standard normal ones
     for name, exact in truth.items():
         peer, got = eager[name], ours[name]
         if peer is None or exact is None:

@@ -135,7 +135,9 @@ def _explain(error: Exception, model: nn.Module, examples: Sequence[Mapping[str,
             f"the model's forward fails on the example inputs ({names}): {type(own).__name__}: {own}; "
             "pass optimize(model, example_inputs={...}) that it takes"
         )
-    return InternalError(f"capturing {type(model).__name__} failed, though it runs by itself: {type(error).__name__}: {error}")
+    return InternalError(
+        f"capturing {type(model).__name__} failed, though it runs by itself: {type(error).__name__}: {error}"
+    )
 
 
 @contextmanager

@@ -89,7 +89,9 @@ def assert_accurate(
             assert got is None or largest(got) == 0.0, f"{name}: gradient where the reference has none"
             continue
         assert got is not None, f"{name} is missing"
-        assert got.shape == peer.shape and got.dtype == peer.dtype, f"{name}: {got.shape} {got.dtype}, {peer.shape} {peer.dtype}"
+        assert got.shape == peer.shape and got.dtype == peer.dtype, (
+            f"{name}: {got.shape} {got.dtype}, {peer.shape} {peer.dtype}"
+        )
         bad = ~torch.isfinite(peer)
         assert torch.equal(~torch.isfinite(got), bad), f"{name}: other NaN or inf than the reference"
         magnitude = max(largest(exact.masked_fill(bad, 0)), 0.0)

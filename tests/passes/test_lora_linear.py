@@ -104,14 +104,15 @@ def inputs_of(s: dict[str, Any]) -> dict[str, Any]:
     return {"x": x, "z": z, "w": w, "bias": bias} | {n: factors[n] for n in "abcd"}
 
 
-
 @cases
 @given(s=spellings)
 def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
     module, _ = check(spelt(s), inputs_of(s), RULES, terms=4 * IN, dynamic=s["dynamic"] and "addmm" not in s["base"])
     names = targets(module)
-    assert names.count("lora_linear") + names.count("lora_update") == s["adapters"], module.graph
-    assert names.count("lora_linear") == 1, module.graph
+    if "addmm" in s["base"] and s["sum"] in ("y += u", "y.add_(u)"):  # written into a view, whose base others may read
+        assert "lora_linear" not in names and "lora_update" not in names
+    else:
+        assert names.count("lora_linear") == 1 and names.count("lora_update") == s["adapters"] - 1, module.graph
 
 
 NEAR = {
@@ -135,7 +136,12 @@ def test_near_misses_are_left_alone(name: str) -> None:
 
 
 def test_batched_factors_are_refused() -> None:
-    inputs = {"x": normal(0, 2, 3, IN), "w": normal(1, OUT, IN), "a": normal(2, 2, IN, RANK), "b": normal(3, 2, RANK, OUT)}
+    inputs = {
+        "x": normal(0, 2, 3, IN),
+        "w": normal(1, OUT, IN),
+        "a": normal(2, 2, IN, RANK),
+        "b": normal(3, 2, RANK, OUT),
+    }
     check(lambda x, w, a, b: F.linear(x, w) + x @ a @ b, inputs, RULES, count=0, terms=4 * IN)
 
 

@@ -29,7 +29,12 @@ LATER = {
     "activated": torch.relu,
     "twice": lambda y: (y, y * 2),
 }
-PACKED = {"as it is": lambda p: p, "column": lambda p: p.view(-1, 1), "turned": lambda p: p.t(), "row": lambda p: p.reshape(1, -1)}
+PACKED = {
+    "as it is": lambda p: p,
+    "column": lambda p: p.view(-1, 1),
+    "turned": lambda p: p.t(),
+    "row": lambda p: p.reshape(1, -1),
+}
 
 spellings = st.fixed_dictionaries(
     {
@@ -38,7 +43,9 @@ spellings = st.fixed_dictionaries(
         "block": st.sampled_from((64, 128)),
         "nested": st.booleans(),
         "bias": st.booleans(),
-        "sizes": st.sampled_from(((8, 128), (5, 128), (1, 128))),  # rows of whole blocks: else bitsandbytes errs on CPUs
+        "sizes": st.sampled_from(
+            ((8, 128), (5, 128), (1, 128))
+        ),  # rows of whole blocks: else bitsandbytes errs on CPUs
         "shape": st.sampled_from(SHAPES),
         "packed": st.sampled_from(sorted(PACKED)),
         "keywords": st.booleans(),
@@ -52,7 +59,9 @@ spellings = st.fixed_dictionaries(
 def spelt(s: dict[str, Any]) -> Any:
     """The function that ``s`` describes."""
 
-    def linear(x: Any, packed: Any, absmax: Any, bias: Any, absmax8: Any, code: Any, offset: Any, a: Any, b: Any) -> Any:
+    def linear(
+        x: Any, packed: Any, absmax: Any, bias: Any, absmax8: Any, code: Any, offset: Any, a: Any, b: Any
+    ) -> Any:
         stored, bias = PACKED[s["packed"]](packed), bias if s["bias"] else None
         nested = {"absmax_8bit": absmax8, "absmax_code": code, "absmax_offset": offset} if s["nested"] else {}
         tail = {"bias": bias, **nested} if s["keywords"] else {}
@@ -69,7 +78,9 @@ def spelt(s: dict[str, Any]) -> Any:
 def inputs_of(s: dict[str, Any]) -> dict[str, Any]:
     """x and a weight as bitsandbytes packs it; in the graph it takes no gradient."""
     rows, columns = s["sizes"]
-    packed, state = quantize_4bit(normal(1, rows, columns), blocksize=s["block"], compress_statistics=s["nested"], quant_type=s["kind"])
+    packed, state = quantize_4bit(
+        normal(1, rows, columns), blocksize=s["block"], compress_statistics=s["nested"], quant_type=s["kind"]
+    )
     kind = torch.float32 if s["adapter"] == "float32" else s["dtype"]
     outer = state.state2.absmax if s["nested"] else state.absmax
     inner = (state.absmax, state.state2.code, state.offset) if s["nested"] else (torch.zeros(1),) * 3
@@ -85,7 +96,9 @@ def inputs_of(s: dict[str, Any]) -> dict[str, Any]:
 def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
     module, _ = check(spelt(s), inputs_of(s), RULES, count=1, terms=128, dynamic=s["dynamic"])
     names = targets(module)
-    assert names.count("quant_linear") == (s["adapter"] == "none") and names.count("lora_linear") == (s["adapter"] != "none")
+    assert names.count("quant_linear") == (s["adapter"] == "none") and names.count("lora_linear") == (
+        s["adapter"] != "none"
+    )
     assert not any("gemm_4bit" in name for name in names)
 
 
@@ -94,7 +107,9 @@ def test_a_weight_of_another_kind_is_left_alone() -> None:
     inputs = {"x": normal(0, 3, 16), "packed": packed, "absmax": state.absmax, "code": state.code}
 
     def dequantized(x: Any, packed: Any, absmax: Any, code: Any) -> Any:
-        return F.linear(x, torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, 64, "nf4", [8, 16], torch.float32))
+        return F.linear(
+            x, torch.ops.bitsandbytes.dequantize_4bit.default(packed, absmax, 64, "nf4", [8, 16], torch.float32)
+        )
 
     module = fx.GraphModule(torch.nn.Module(), fx.Tracer().trace(dequantized))
     assert not rewrite(module, RULES).rewrites
