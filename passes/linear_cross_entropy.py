@@ -97,7 +97,7 @@ def _dropped(x: Tensor, w: Tensor) -> Tensor:
 
 def _keeps_features(index: Any) -> bool:
     """Whether indexing with ``index`` leaves the last dimension whole."""
-    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    items = list(index) if isinstance(index, tuple) else [index]
     plain = all(isinstance(i, slice) or i is Ellipsis for i in items)
     return plain and (
         items[-1] == slice(None) or (len(items) < 3 and items[-1] is not Ellipsis and Ellipsis not in items)
