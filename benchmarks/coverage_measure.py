@@ -23,6 +23,7 @@ from weft.rewrite.examples import Scale, make_examples
 
 from .coverage_compare import Excluded, Run, distance, finite, identical, is_rounding, run
 from .coverage_models import tiny_model
+from .coverage_sizes import NO_LINEARS
 
 FRESH = Scale(batch=3, length=29, target_length=11, seed=7)
 """Other sizes and values than those that the graphs were captured with."""
@@ -113,7 +114,11 @@ def run_plain(name: str, class_name: str) -> tuple[nn.Module, Calls, list[Run]]:
 def adapted(base: nn.Module) -> nn.Module:
     """``base`` with LoRA, its B random, on every linear but the head; norms are trained too."""
     head = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
-    linears = [n for n, m in base.named_modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    linears = [
+        name
+        for name, module in base.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and module is not head and type(module).__name__ not in NO_LINEARS
+    ]
     if not linears:
         raise Excluded("it has no linear layer to adapt")
     try:
@@ -168,7 +173,8 @@ def _exact(model: nn.Module, call: Mapping[str, Any]) -> Run | None:
 def _ground_truth(model: nn.Module, calls: Calls) -> tuple[set[str], set[str]]:
     """Paths of the norms and LoRA linears that run, from hooks on the model as it is.
 
-    PEFT's ``ParamWrapper`` (LoRA on the stacked weights of experts) is no linear; its gradients are compared, though.
+    A module that is called a norm but returns less than it was given computes a scale, not a norm. PEFT's
+    ``ParamWrapper`` (LoRA on the stacked weights of experts) is no linear; its gradients are compared, though.
     """
     norms = _ran(model, calls[0], lambda m: "Norm" in type(m).__name__ and not list(m.children()))
     return norms, _ran(model, calls[0], lambda m: isinstance(m, lora.Linear))
@@ -176,8 +182,14 @@ def _ground_truth(model: nn.Module, calls: Calls) -> tuple[set[str], set[str]]:
 
 def _ran(model: nn.Module, inputs: Mapping[str, Any], wanted: Callable[[nn.Module], bool]) -> set[str]:
     ran: set[str] = set()
+
+    def note(path: str, given: tuple[Any, ...], result: Any) -> None:
+        smaller = given and isinstance(result, Tensor) and result.numel() < given[0].numel()
+        if not smaller or "Norm" not in type(model.get_submodule(path)).__name__:
+            ran.add(path)
+
     hooks = [
-        module.register_forward_hook(lambda *_, path=path: ran.add(path))
+        module.register_forward_hook(lambda _, given, result, path=path: note(path, given, result))
         for path, module in model.named_modules()
         if wanted(module)
     ]

@@ -42,6 +42,9 @@ SIZES: tuple[tuple[str, int], ...] = (
 RANDOM = r"drop|jitter|mask_(time|feature)_prob"
 """Fields that make a training step random; they are set to 0."""
 
+NO_LINEARS = frozenset(("PhimoeTopKRouter",))
+"""Subclasses of ``nn.Linear`` whose forward returns something else than a product: PEFT cannot adapt them."""
+
 PREREQUISITES: dict[str, dict[str, Any]] = {
     "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
 }

@@ -138,7 +138,7 @@ KINDS: dict[str, Callable[[Result], list[str]]] = {
 
 def render(folder: Path) -> str:
     """The document for the results in ``folder``; files of other kinds are others' to show."""
-    found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*.json"))]
+    found = [(path, json.loads(path.read_text())) for path in sorted(folder.glob("*-*.json"))]
     lines = ["# Benchmarks", "", "Made by `python -m benchmarks.render` from `benchmarks/results/`.", ""]
     for kind, section in KINDS.items():
         for path, result in found:

@@ -65,7 +65,9 @@ def reference(
         z = softcap * torch.tanh(z / softcap)
     options: dict[str, Any] = {"ignore_index": ignore_index, "label_smoothing": label_smoothing}
     if denominator is not None:
-        return F.cross_entropy(z, target.flatten(), reduction="sum", **options) / denominator
+        return F.cross_entropy(z, target.flatten(), reduction="sum", **options) / (
+            denominator.to(z.device) if isinstance(denominator, Tensor) else denominator
+        )
     loss = F.cross_entropy(z, target.flatten(), reduction=reduction, **options)
     return loss.view(target.shape) if reduction == "none" else loss
 

@@ -24,8 +24,11 @@ class CommonSubexpressions:
         if any(is_in_place(n) for n in nodes):
             return Outcome()
         contexts, first = g.context_of(module.graph), dict[Any, fx.Node]()
+        returned = set[fx.Node]().union(*(g.storage_roots(n) for n in nodes[-1].all_input_nodes))
         for node in nodes:
             if node.op not in ("call_function", "call_method") or not g.is_pure(node) or g.tensor_of(node) is None:
+                continue
+            if node in returned:  # the caller may write into one of two results, and not see it in the other
                 continue
             kept = first.setdefault((contexts[node], node.op, node.target, repr(node.args), repr(node.kwargs)), node)
             if kept is not node:

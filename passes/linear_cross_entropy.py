@@ -18,6 +18,7 @@ from ..rewrite.pattern import rows
 from ..rewrite.report import Refusal
 from ..rewrite.rule import RewriteRule, call
 from ..rewrite.vocabulary import operation
+from .storage import product_dtype
 
 Logits = Literal["defer", "keep", "drop"]
 
@@ -85,14 +86,19 @@ class FuseLinearCrossEntropy(RewriteRule):
         )  # fmt: skip
         if dtype_of(m.root) != torch.float32:
             loss = loss.to(dtype_of(m.root))
+        kind = dtype_of(m.outputs[1])
         if self.logits == "drop":
-            return loss, call(_dropped, x, w)
-        return loss, call(deferred_logits, x, w, b, logit_scale=scale, softcap=float(m.cap or 0.0))
+            return loss, call(_dropped, x, w, kind)
+        logits = call(deferred_logits, x, w, b, logit_scale=scale, softcap=float(m.cap or 0.0))
+        return loss, logits if kind == product_dtype(m.x) else logits.to(kind)
 
 
-def _dropped(x: Tensor, w: Tensor) -> Tensor:
+def _dropped(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """In a graph: what stands for logits that the user does not want."""
-    return dropped_logits(x, w, DroppedOutputError)
+    return dropped_logits(x, w, DroppedOutputError).to(dtype)
+
+
+_dropped.is_never_read = True  # type: ignore[attr-defined]
 
 
 def _keeps_features(index: Any) -> bool:

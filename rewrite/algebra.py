@@ -141,8 +141,6 @@ def division(v: View, at: Site, x: Any, y: Any, rounding_mode: Any = None) -> Ex
     root = _op(x, "sqrt")
     if root and is_number(y) and y:
         return v.make("mul", x, 1.0 / y, node=at.node)
-    if is_number(y):
-        return v.intern("div", (x, y), at.node)
     if is_number(x) and x == 1:
         return v.make("reciprocal", y, node=at.node)
     return v.make("mul", x, v.make("reciprocal", y), node=at.node)

@@ -120,11 +120,14 @@ class View:
         name = operation(node)
         if name == "cast":
             return self._cast(node)
-        args = bind(name, node.args, dict(node.kwargs)) if name in SIGNATURES else None
-        if args is None:
-            kwargs = tuple((k, self.of(v)) for k, v in sorted(node.kwargs.items()))
-            return self.make(name, *self.of(node.args), *kwargs, node=node)
-        return self.make(name, *self.of(args), node=node)
+        given = node.args[:1] if node.target is getattr else node.args
+        args = bind(name, given, dict(node.kwargs)) if name in SIGNATURES else None
+        if args is not None:
+            return self.make(name, *self.of(args), node=node)
+        written = (*self.of(given), *((k, self.of(v)) for k, v in sorted(node.kwargs.items())))
+        if name in SIGNATURES:  # arguments that the signature does not know: no equation knows them either
+            return self.intern(name, written, node)
+        return self.make(name, *written, node=node)
 
     def _cast(self, node: fx.Node) -> Expr:
         inner = self.of(node.args[0]) if isinstance(node.args[0], fx.Node) else None

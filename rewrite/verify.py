@@ -47,8 +47,9 @@ class Replayer:
     ) -> tuple[float | None, str | None]:
         casts = [n for n in boundary if _is_cast_of(n, boundary)]  # one value: drawn apart, the two would differ
         boundary = [n for n in boundary if n not in casts]
-        old = g.copy_nodes([*casts, *change.old], boundary, change.old_outputs, module)
-        new = g.copy_nodes([*casts, *change.new], boundary, change.new_outputs, module)
+        outputs = [pair for pair in zip(change.old_outputs, change.new_outputs, strict=True) if _is_read(pair[1])]
+        old = g.copy_nodes([*casts, *change.old], boundary, [o for o, _ in outputs], module)
+        new = g.copy_nodes([*casts, *change.new], boundary, [o for _, o in outputs], module)
         generator = torch.Generator().manual_seed(0)
         inputs = [self.example(n, generator) for n in boundary]
         tracked = any(g.requires_grad(o) for o in change.old_outputs)
@@ -82,6 +83,11 @@ class Replayer:
 
 def _same(x: Tensor) -> Tensor:
     return x
+
+
+def _is_read(output: fx.Node) -> bool:
+    """Whether an output is there to be compared: not one that the user asked to drop."""
+    return not getattr(output.target, "is_never_read", False)
 
 
 def _draw(fake: Tensor, generator: torch.Generator) -> Tensor:

@@ -77,8 +77,8 @@ view_as_real(x)                                                              |
 complex(x, y)                                                                |
 polar(x, y)                                                                  |
 pad(x, pad, mode='constant', value=None)                                     | constant_pad_nd
-cross_entropy(x, target, weight=None, deprecated=None, ignore_index=-100, deprecated2=None, reduction='mean', smoothing=0.0) | cross_entropy_loss
-nll_loss(x, target, weight=None, deprecated=None, ignore_index=-100, deprecated2=None, reduction='mean') |
+cross_entropy(x, target, weight=None, old=None, ignore_index=-100, old2=None, reduction='mean', smoothing=0.0) | cross_entropy_loss
+nll_loss(x, target, weight=None, old=None, ignore_index=-100, old2=None, reduction='mean') |
 log_softmax(x, dim=None, _stacklevel=3, dtype=None)                          |
 gemm_4bit(x, weight, shape, absmax, block_size, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None) |
 """
@@ -98,8 +98,8 @@ ALIASES = {
     "exponent": "y",
     "tensor": "x",
     "label_smoothing": "smoothing",
-    "size_average": "deprecated",
-    "reduce": "deprecated2",
+    "size_average": "old",
+    "reduce": "old2",
 }
 """Keyword names that some spellings of one signature use."""
 
@@ -143,7 +143,7 @@ def target_name(target: Any) -> str:
 
 def operation(node: fx.Node) -> str:
     """The canonical name of the operation that ``node`` performs; ``cast`` for every conversion of dtype."""
-    name = target_name(node.target)
+    name = str(node.args[1]) if node.target is getattr else target_name(node.target)
     return "cast" if name in CASTS else SPELLINGS.get(name, name)
 
 

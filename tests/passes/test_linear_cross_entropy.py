@@ -137,9 +137,15 @@ NEAR = {
     ),
     "scaled by a tensor": lambda x, w, t, k: F.cross_entropy((F.linear(x, w) * k).view(-1, CLASSES), t.view(-1)),
     "classes in the middle": lambda x, w, t, k: F.cross_entropy(F.linear(x, w).transpose(1, 2), t),
-    "rows and classes mixed": lambda x, w, t, k: F.cross_entropy(F.linear(x, w).view(-1, 5), t.repeat(2, 1).view(-1) % 5),
-    "masked": lambda x, w, t, k: F.cross_entropy(F.linear(x, w).masked_fill(k > 1.5, -9.0).view(-1, CLASSES), t.view(-1)),
-    "log-softmax over rows": lambda x, w, t, k: F.nll_loss(F.log_softmax(F.linear(x, w).view(-1, CLASSES), 0), t.view(-1)),
+    "rows and classes mixed": lambda x, w, t, k: F.cross_entropy(
+        F.linear(x, w).view(-1, 5), t.repeat(2, 1).view(-1) % 5
+    ),
+    "masked": lambda x, w, t, k: F.cross_entropy(
+        F.linear(x, w).masked_fill(k > 1.5, -9.0).view(-1, CLASSES), t.view(-1)
+    ),
+    "log-softmax over rows": lambda x, w, t, k: F.nll_loss(
+        F.log_softmax(F.linear(x, w).view(-1, CLASSES), 0), t.view(-1)
+    ),
 }
 
 

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from weft.passes.lora_linear import FuseLoraLinear
 
-from ..graphs import cases, check, computed, copied, normal, record, targets, trace
 from ..graphs import apply as rewrite
+from ..graphs import cases, check, computed, copied, normal, record, targets, trace
 
 RULES = [FuseLoraLinear()]
 IN, OUT, RANK = 6, 10, 2

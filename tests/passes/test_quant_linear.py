@@ -17,8 +17,8 @@ from weft.passes.lora_linear import FuseLoraLinear
 from weft.passes.quant_linear import FuseQuantLinear
 from weft.rewrite.capture import annotate
 
-from ..graphs import assert_equal, cases, check, copied, normal, targets
 from ..graphs import apply as rewrite
+from ..graphs import cases, check, copied, normal, targets
 
 GEMM = torch.ops.bitsandbytes.gemm_4bit.default
 RULES = [FuseLoraLinear(), FuseQuantLinear()]
