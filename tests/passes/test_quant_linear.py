@@ -150,7 +150,7 @@ def test_the_product_inside_an_autograd_function(nested: bool, bias: bool, adapt
     assert [r.rule for r in outcome.rewrites] == ["lora_linear" if adapter else "quant_linear"], outcome
     assert outcome.rewrites[0].error is not None and "autograd_function_apply" not in targets(module)
     inputs = {n.name: v for n, v in zip((n for n in module.graph.nodes if n.op == "placeholder"), given, strict=True)}
-    ours, eager = ({k: v for k, v in run(m, inputs).items()} for m in (module, original))
+    ours, eager = (dict(run(m, inputs).items()) for m in (module, original))
     for name, wanted in eager.items():
         torch.testing.assert_close(ours[name], wanted, msg=name)
 
