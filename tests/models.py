@@ -93,7 +93,9 @@ def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         size = max(float(value.abs().max()), 1e-2)
-        torch.testing.assert_close(found[name], value, rtol=0, atol=2e-5 * size, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            found[name], value, rtol=0, atol=2e-5 * size, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def assert_identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
@@ -136,7 +138,9 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.before(x)
         q, k, v = self.qkv(h).chunk(3, -1)
-        mixed = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), is_causal=True).squeeze(1)
+        mixed = F.scaled_dot_product_attention(q.unsqueeze(1), k.unsqueeze(1), v.unsqueeze(1), is_causal=True).squeeze(
+            1
+        )
         x = x + self.out(mixed) + 0.5 * (mixed @ self.down_low.T @ self.up_low.T)
         gate, up = self.fused(self.between(x)).chunk(2, -1)
         return x + self.back(F.silu(gate) * up)

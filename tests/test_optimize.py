@@ -15,8 +15,8 @@ from weft.kernels.deferred_logits import DeferredLogits
 from weft.rewrite.errors import UndoError
 
 from .models import (
-    NoBlocks,
     Nested,
+    NoBlocks,
     RootLoop,
     assert_identical,
     assert_same,
@@ -162,7 +162,9 @@ def test_deferred_logits_are_tensors(pair: Pair) -> None:
     for (name, ours), plain in zip(pair.model.named_parameters(), pair.plain.parameters(), strict=True):
         assert (ours.grad is None) == (plain.grad is None), name
         if plain.grad is not None:
-            torch.testing.assert_close(ours.grad, plain.grad, rtol=1e-3, atol=1e-3 * float(plain.grad.abs().max()), msg=name)
+            torch.testing.assert_close(
+                ours.grad, plain.grad, rtol=1e-3, atol=1e-3 * float(plain.grad.abs().max()), msg=name
+            )
     pair.model.zero_grad(set_to_none=True), pair.plain.zero_grad(set_to_none=True)
 
 
