@@ -85,7 +85,7 @@ def _forward(
     gate, up, out, strides, rows, columns,
     ACTIVATION: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, first = _place(columns, ROWS, COLUMNS)
+    row, first = _place(columns, ROWS, COLUMNS)  # pyright: ignore
     x, u = _load_pair(gate, up, strides, row, first, rows, columns, ORDER, COLUMNS)
     y, _ = A.curve(x, x, ACTIVATION)
     _store(out, strides[2], row, first, rows, columns, y * u, COLUMNS)
@@ -97,7 +97,7 @@ def _backward(
     ACTIVATION: tl.constexpr, ORDER: tl.constexpr, NEEDS_GATE: tl.constexpr, NEEDS_UP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, first = _place(columns, ROWS, COLUMNS)
+    row, first = _place(columns, ROWS, COLUMNS)  # pyright: ignore
     # The compiler drops what only serves a gradient that is not stored, the load of up included.
     x, u = _load_pair(gate, up, strides, row, first, rows, columns, ORDER, COLUMNS)
     d = _load(grad, strides[2], row, first, rows, columns, COLUMNS)
@@ -139,7 +139,7 @@ def _tile(rows: int, columns: int) -> tuple[int, int]:
     width = triton.next_power_of_2(min(columns, TILE))
     while width > 128 and triton.cdiv(columns, width) * width * 8 > columns * 9:
         width //= 2
-    return width, min(max(TILE // width, 1), triton.next_power_of_2(rows))
+    return width, min(max(TILE // width, 1), triton.next_power_of_2(rows))  # pyright: ignore
 
 
 def _on_triton(*tensors: Tensor) -> bool:

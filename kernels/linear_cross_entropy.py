@@ -131,7 +131,7 @@ def _sweep(
     if not x.is_cuda:
         check_labels(target, vocab, loss.ignore_index)
     losses = x.new_empty(rows, dtype=wide)
-    padded = x.new_empty(chunk, triton.cdiv(vocab, 16) * 16 if kernel else vocab, dtype=dtype)
+    padded = x.new_empty(chunk, triton.cdiv(vocab, 16) * 16 if kernel else vocab, dtype=dtype)  # pyright: ignore
     logits = padded[:, :vocab]
     padded[:, vocab:] = 0
     dx = x.new_empty((rows, hidden) if needs[0] else 0)

@@ -107,7 +107,7 @@ def _turn_heads(
     for first in range(0, heads, HEADS):
         head = (first + tl.arange(0, HEADS)).to(tl.int64)[None, :, None]
         source, target, live = x + head * x_strides[2], y + head * y_strides[2], there & (head < heads)
-        a, b = _load(source, x_strides[3], live, HALF, HALF, ADJACENT, PAIRS)
+        a, b = _load(source, x_strides[3], live, HALF, HALF, ADJACENT, PAIRS)  # pyright: ignore
         turned_a, turned_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
         _store(target, y_strides[3], live, turned_a, turned_b, HALF, ADJACENT, PAIRS)
         if REST > 0:
@@ -128,7 +128,7 @@ def _kernel(
     outer, inner, there = token // inner_size, token % inner_size, token < tokens
     cos += outer * cos_strides[0] + inner * cos_strides[1]
     sin += outer * sin_strides[0] + inner * sin_strides[1]
-    cos_a, cos_b = _load(cos, cos_strides[3], there, HALF, FAR, ADJACENT_ENTRIES, PAIRS)
+    cos_a, cos_b = _load(cos, cos_strides[3], there, HALF, FAR, ADJACENT_ENTRIES, PAIRS)  # pyright: ignore
     sin_a, sin_b = _load(sin, sin_strides[3], there, HALF, FAR, ADJACENT_ENTRIES, PAIRS)
     if TRANSPOSED:
         sin_a, sin_b = -sin_b, -sin_a
@@ -160,7 +160,7 @@ def _launch(
     q_heads, k_heads = xs[0].shape[2], xs[1].shape[2] if len(xs) > 1 else 0
     count, half, rest = cos.shape[0] * cos.shape[1], rotary_dim // 2, xs[0].shape[3] - rotary_dim
     full, pairs = cos.shape[-1] == rotary_dim, triton.next_power_of_2(half)
-    q_block, k_block, tokens = _tile(q_heads, k_heads, count, pairs)
+    q_block, k_block, tokens = _tile(q_heads, k_heads, count, pairs)  # pyright: ignore
     kernel: Any = _kernel
     with torch.cuda.device_of(cos):
         kernel[(triton.cdiv(count, tokens),)](
@@ -184,7 +184,7 @@ def _tile(q_heads: int, k_heads: int, tokens: int, pairs: int) -> tuple[int, int
     rows = max(TILE // pairs, 1)
     q_block, k_block = (min(triton.next_power_of_2(max(h, 1)), rows) for h in (q_heads, k_heads))
     together = min(rows // max(q_block, k_block), triton.next_power_of_2(tokens))
-    return q_block, k_block if k_heads else 0, together
+    return q_block, k_block if k_heads else 0, together  # pyright: ignore
 
 
 def _turn(

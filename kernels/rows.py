@@ -42,7 +42,7 @@ def blocks(x: Tensor, per_thread: int) -> tuple[int, dict[str, Any]]:
     warps = min(max(width * height // (32 * per_thread), 1), 16)
     index = tl.int32 if rows < 2**30 else tl.int64
     options = {"rows": rows, "cols": cols, "ROWS": height, "COLS": width, "WHOLE": cols <= width, "INDEX": index}
-    return triton.cdiv(rows, height), {**options, "num_warps": warps}
+    return triton.cdiv(rows, height), {**options, "num_warps": warps}  # pyright: ignore
 
 
 def kernel_runs(x: Tensor) -> bool:

@@ -25,6 +25,7 @@ _log = logging.getLogger(__name__)
 DYNAMO_SETTINGS = {
     "specialize_float": True,
     "specialize_int": True,
+    "skip_nnmodule_hook_guards": False,
     "recompile_limit": 256,
     "accumulated_recompile_limit": 4096,
 }
