@@ -179,7 +179,7 @@ def config_parts(config: Any) -> Iterator[Any]:
     while pending:
         part = pending.popleft()
         yield part
-        pending.extend(v for v in vars(part).values() if hasattr(v, "to_dict") and hasattr(v, "model_type"))
+        pending.extend(v for v in vars(part).values() if hasattr(v, "to_dict") and hasattr(v, "get_text_config"))
 
 
 def side(size: Any) -> int:
