@@ -9,7 +9,8 @@ Pairs (a, b) of the first R = ``rotary_dim`` elements turn by the angles in the 
     dcos_b = sum of dy_b · x_b        dsin_b =   sum of dy_b · x_a
 
 A pair is (i, i + R/2), or (2i, 2i + 1) if ``interleaved``. A table of R entries has one for each element, and its two
-need not be equal; one of R/2 entries serves both elements of a pair. The backward is the forward with
+need not be equal; one of R/2 entries serves both elements of a pair; so does one of R/2 complex numbers, cos + i·sin.
+The backward is the forward with
 (sin_a, sin_b) replaced by (-sin_b, -sin_a). Arithmetic is in float32 and rounds once, at the end. Saved for the
 backward: cos and sin; x only if a table needs a gradient.
 """
@@ -30,7 +31,7 @@ TILE = 2048
 WARPS = 4
 
 
-def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:
     """The formula in plain differentiable torch; arguments as in :func:`rope`."""
     return reference_single(q, cos, sin, **options), reference_single(k, cos, sin, **options)
 
@@ -38,20 +39,36 @@ def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) ->
 def reference_single(
     x: Tensor,
     cos: Tensor,
-    sin: Tensor,
+    sin: Tensor | None,
     *,
     interleaved: bool = False,
     rotary_dim: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """The formula in plain differentiable torch; arguments as in :func:`rope_single`."""
-    rotary_dim = cos.shape[-1] if rotary_dim is None else rotary_dim
+    rotary_dim = _rotated(cos) if rotary_dim is None else rotary_dim
+    cos, sin = _tables(cos, sin)
     wide = x.to(compute_dtype(x))
     a, b = _pair(wide[..., :rotary_dim], interleaved)
     (cos_a, cos_b), (sin_a, sin_b) = (_entries(t.to(wide.dtype), rotary_dim, interleaved) for t in (cos, sin))
     turned = (a * cos_a - b * sin_a, b * cos_b + a * sin_b)
     y = torch.stack(turned, -1).flatten(-2) if interleaved else torch.cat(turned, -1)
     return torch.cat((y, wide[..., rotary_dim:]), -1).to(dtype or x.dtype)
+
+
+def _rotated(cos: Tensor) -> int:
+    """Elements that tables turn which do not say otherwise."""
+    return cos.shape[-1] * (2 if cos.is_complex() else 1)
+
+
+def _tables(cos: Tensor, sin: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Cosine and sine; of complex numbers, views of both."""
+    if cos.is_complex() != (sin is None):
+        raise ValueError("a complex table is cosine and sine in one, a real one needs its sine beside it")
+    if sin is not None:
+        return cos, sin
+    real, imaginary = torch.view_as_real(cos.resolve_conj()).unbind(-1)
+    return real, imaginary
 
 
 def _pair(x: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
@@ -307,7 +324,7 @@ def rope(
     q: Tensor,
     k: Tensor,
     cos: Tensor,
-    sin: Tensor,
+    sin: Tensor | None,
     *,
     interleaved: bool = False,
     rotary_dim: int | None = None,
@@ -320,7 +337,8 @@ def rope(
             (B, T, H, D).
         k: like ``q``, from which it may differ in the size of one dimension, along which the tables are then shared.
         cos: (..., R) or (..., R/2), broadcast against ``q``'s leading dimensions; any floating-point dtype.
-        sin: like ``cos``, of the same shape.
+            Or (..., R/2) of a complex dtype: cos + i·sin.
+        sin: like ``cos``, of the same shape; None if ``cos`` is complex.
         interleaved: whether pairs are (2i, 2i + 1), instead of (i, i + R/2).
         rotary_dim: R, even, at most D; the other D - R elements pass unchanged. None: as wide as the tables.
         dtype: of the results; None: ``q``'s.
@@ -331,7 +349,8 @@ def rope(
     Raises:
         ValueError: shapes, dtypes or devices do not fit.
     """
-    rotary_dim = cos.shape[-1] if rotary_dim is None else rotary_dim
+    rotary_dim = _rotated(cos) if rotary_dim is None else rotary_dim
+    cos, sin = _tables(cos, sin)
     for x in (q, k):
         _check(x, cos, sin, rotary_dim)
     differing = [d for d in range(q.dim()) if q.dim() != k.dim() or q.shape[d] != k.shape[d]]
@@ -346,14 +365,15 @@ def rope(
 def rope_single(
     x: Tensor,
     cos: Tensor,
-    sin: Tensor,
+    sin: Tensor | None,
     *,
     interleaved: bool = False,
     rotary_dim: int | None = None,
     dtype: torch.dtype | None = None,
 ) -> Tensor:
     """:func:`rope` of one tensor; same arguments, same errors."""
-    rotary_dim = cos.shape[-1] if rotary_dim is None else rotary_dim
+    rotary_dim = _rotated(cos) if rotary_dim is None else rotary_dim
+    cos, sin = _tables(cos, sin)
     _check(x, cos, sin, rotary_dim)
     return _rope([x], cos, sin, rotary_dim, interleaved, dtype or x.dtype)[0]
 

@@ -8,7 +8,7 @@ import torch
 from torch import fx
 
 from ..kernels.rope import rope, rope_single
-from ..rewrite.graph import dtype_of, requires_grad, sizes, static_size
+from ..rewrite.graph import dtype_of, requires_grad, sizes, static_size, tensor_of
 from ..rewrite.match import Match
 from ..rewrite.pattern import as_complex, from_complex, interleave, part
 from ..rewrite.report import Refusal
@@ -44,6 +44,8 @@ class FuseRope(RewriteRule):
             return self.refuse(m, f"the rotated parts {_parts(m)} are not the two halves of {size}")
         if sizes(m.x) != sizes(m.root):
             return self.refuse(m, "the tables are larger than what they rotate")
+        if m.form.startswith("complex") and not tensor_of(m.cos).is_complex():
+            return self.refuse(m, "complex numbers are scaled, not turned")
         if static_size(m.cos) not in (size, size // 2) or len(sizes(m.cos)) > len(sizes(m.x)):
             return self.refuse(m, f"a table of shape {list(sizes(m.cos))} does not fit {list(sizes(m.x))}")
         if not 2 <= len(sizes(m.x)) <= 4:
@@ -51,9 +53,7 @@ class FuseRope(RewriteRule):
         return None
 
     def rewrite(self, m: Match, x: Any, cos: Any, sin: Any, **_: Any) -> Any:
-        """One rotation; a table of complex numbers is its real and imaginary part."""
-        if m.form.startswith("complex"):
-            cos, sin = call(torch.real, cos), call(torch.imag, cos)
+        """One rotation; a table of complex numbers is cosine and sine in one."""
         pairs = m.form in ("rotate pairs", "two of a pair") or m.form.startswith("complex")
         return call(rope_single, x, cos, sin, interleaved=pairs, rotary_dim=static_size(m.x), dtype=dtype_of(m.root))
 
@@ -115,5 +115,5 @@ class PairRope(SiblingRule):
 def _pairable(q: fx.Node, k: fx.Node) -> bool:
     a, b = sizes(q.args[0]), sizes(k.args[0])
     differing = [i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y]
-    tables = any(requires_grad(t) for t in (q.args[1], q.args[2]))
+    tables = any(isinstance(t, fx.Node) and requires_grad(t) for t in q.args[1:3])
     return len(differing) <= 1 and not tables and dtype_of(q.args[0]) == dtype_of(k.args[0])

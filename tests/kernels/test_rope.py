@@ -123,9 +123,27 @@ def test_turns_complex_numbers(implementation: Backend, interleaved: bool) -> No
     with backend(implementation):
         y = rope_single(x, angle.cos(), angle.sin(), interleaved=interleaved, rotary_dim=10)
     a, b = (x[..., ::2], x[..., 1::2]) if interleaved else x.chunk(2, -1)
-    turned = torch.complex(a, b) * torch.polar(torch.ones_like(angle), angle)
+    table = torch.polar(torch.ones_like(angle), angle)
+    turned = torch.complex(a, b) * table
     parts = (turned.real, turned.imag)
-    torch.testing.assert_close(y, torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1))
+    expected = torch.stack(parts, -1).flatten(-2) if interleaved else torch.cat(parts, -1)
+    torch.testing.assert_close(y, expected)
+    with backend(implementation):
+        again = rope_single(x, table, None, interleaved=interleaved)
+        back = rope_single(again, table.conj(), None, interleaved=interleaved)
+    torch.testing.assert_close(again, expected)
+    torch.testing.assert_close(back, x)
+
+
+@both
+def test_gradient_of_a_complex_table(implementation: Backend) -> None:
+    x, angle = normal((2, 3, 4, 10), torch.float32), normal((4, 5), torch.float32, seed=1)
+    table = torch.polar(torch.ones_like(angle), angle).requires_grad_()
+    turned = torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (5, 2))) * table).flatten(-2)
+    (expected,) = torch.autograd.grad(turned.square().sum(), table)
+    with backend(implementation):
+        (found,) = torch.autograd.grad(rope_single(x, table, None, interleaved=True).square().sum(), table)
+    torch.testing.assert_close(found, expected)
 
 
 @both

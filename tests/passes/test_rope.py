@@ -131,9 +131,8 @@ def inputs_of(s: dict[str, Any]) -> dict[str, Any]:
 def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
     module, _ = check(spelt(s), inputs_of(s), RULES, terms=16)
     names = targets(module)
-    apart = s["table_grad"] or s["form"] == "complex"
     assert 2 * names.count("rope") + names.count("rope_single") == 2, module.graph
-    assert apart or names.count("rope") == 1, module.graph
+    assert s["table_grad"] or names.count("rope") == 1, module.graph
 
 
 def half(x: Any) -> Any:
@@ -164,6 +163,14 @@ NEAR = {
 def test_near_misses_are_left_alone(name: str) -> None:
     x, y, cos, sin = (normal(i, 4, 4, 4, 4, grad=True) for i in range(4))
     check(NEAR[name], {"x": x, "y": y, "cos": cos, "sin": sin}, RULES, count=0, terms=16)
+
+
+def test_complex_numbers_that_are_only_scaled_are_left_alone() -> None:
+    def scaled(x: Any, c: Any) -> Any:
+        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (2, 2))) * c).flatten(-2)
+
+    _, outcome = check(scaled, {"x": normal(0, 2, 3, 4), "c": normal(1, 3, 2)}, RULES, count=0)
+    assert "scaled" in outcome.refusals[0].reason
 
 
 def test_tables_made_anew_for_each_tensor() -> None:
