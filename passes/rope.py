@@ -44,7 +44,8 @@ class FuseRope(RewriteRule):
             return self.refuse(m, f"the rotated parts {_parts(m)} are not the two halves of {size}")
         if sizes(m.x) != sizes(m.root):
             return self.refuse(m, "the tables are larger than what they rotate")
-        if m.form.startswith("complex") and not tensor_of(m.cos).is_complex():
+        table = tensor_of(m.cos)
+        if m.form.startswith("complex") and not (table is not None and table.is_complex()):
             return self.refuse(m, "complex numbers are scaled, not turned")
         if static_size(m.cos) not in (size, size // 2) or len(sizes(m.cos)) > len(sizes(m.x)):
             return self.refuse(m, f"a table of shape {list(sizes(m.cos))} does not fit {list(sizes(m.x))}")
