@@ -150,10 +150,11 @@ def _(
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     x, tensors, ctx.plan, ctx.scales, ctx.dtype = inputs
     ctx.needs, ctx.z_dtypes = [x.requires_grad], []
-    kept, slots, save_x, save_t = [], [], False, False
-    for slot, weight, bias, a, b, z in unflatten(ctx.plan, tensors, None):
+    kept, slots, fixed, save_x, save_t = [], [], [], False, False
+    for y, (slot, weight, bias, a, b, z) in zip(output, unflatten(ctx.plan, tensors, None), strict=False):
         needs = [p is not None and p.requires_grad for p in (weight[0], bias, a, b, z)]
         ctx.needs += needs
+        fixed += [] if x.requires_grad or any(needs) else [y]
         ctx.z_dtypes.append(None if z is None else z.dtype)
         save_x |= needs[0] or (needs[2] and not slot.own)
         save_t |= needs[3]
@@ -162,8 +163,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
         slots.append(Slot(slot.layout, slot.tensors, False, slot.adapter, slot.own, save_z))
     ctx.saved_plan = encode(slots)
     ctx.save_for_backward(x if save_x else None, output[-1] if save_t else None, *kept)
-    if any(slot.adapter for slot in slots):
-        ctx.mark_non_differentiable(output[-1])
+    ctx.mark_non_differentiable(*fixed, *output[len(slots) :])
     ctx.set_materialize_grads(False)
 
 

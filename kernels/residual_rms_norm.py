@@ -106,7 +106,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     x, residual, weight, *ctx.arguments, _ = inputs
     ctx.dtypes = x.dtype, residual.dtype
     ctx.save_for_backward(output[1], weight, output[2])
-    ctx.mark_non_differentiable(output[2])
+    # Where only the weight learns, the sum must not look as if it did.
+    ctx.mark_non_differentiable(*(output[2:] if x.requires_grad or residual.requires_grad else output[1:]))
     ctx.set_materialize_grads(False)
 
 

@@ -114,8 +114,9 @@ def assert_as_accurate_as_eager(inputs: dict[str, Any]) -> None:
     """``assert_accurate``, save that eager's error is not taken from one lucky rounding.
 
     The loss is one number, and a gradient may have one element, that depend on logits and logit gradients which eager,
-    too, rounds to the dtype of ``x``. Where eager's error there happens to be small, its largest one over inputs that
-    differ by a percent takes its place.
+    too, rounds to the dtype of ``x``. Where eager's error there happens to be small, its largest one over 32 inputs that
+    differ by a percent takes its place: about two standard deviations, so that only four of them fail. Of 8 inputs it
+    may be less than one, and cuBLAS, which rounds logits in another order than the CPU, has hit such a case.
     """
     (vocab, hidden), rows = inputs["weight"].shape, inputs["target"].numel()
     try:
@@ -123,7 +124,7 @@ def assert_as_accurate_as_eager(inputs: dict[str, Any]) -> None:
     except AssertionError as failure:
         if ", allowed " not in str(failure):
             raise
-        samples = [errors(reference, nearby(inputs, seed)) for seed in range(8)]
+        samples = [errors(reference, nearby(inputs, seed)) for seed in range(32)]
         for name, (error, unit) in errors(linear_cross_entropy, inputs).items():
             assert error <= 2 * max(sample[name][0] for sample in samples) + unit, (name, str(failure))
 

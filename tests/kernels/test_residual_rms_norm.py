@@ -130,6 +130,7 @@ def test_only_needed_gradients_are_computed(name: Backend) -> None:
         leaves = [t.clone().requires_grad_(need) for t, need in zip((x, residual, weight), needs, strict=True)]
         with backend(name), Calls("weft::rms_norm_backward") as seen:
             y, h = residual_rms_norm(*leaves, 1e-6)
+            assert y.requires_grad and h.requires_grad == (needs[0] or needs[1])
             (y.sum() + h.sum()).backward()
         assert [call[-2:] for call in seen.calls] == [(needs[0] or needs[1], needs[2])]
         assert tuple(leaf.grad is not None for leaf in leaves) == needs
