@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..kernels.quant_linear import quant_linear
+from ..rewrite.graph import requires_grad
 from ..rewrite.match import Match
-from ..rewrite.pattern import gemm_4bit
+from ..rewrite.pattern import gemm_4bit, gemv_4bit
 from ..rewrite.report import Refusal
 from ..rewrite.rule import RewriteRule, call
 from .storage import layout_4bit, problem_4bit, tensors_4bit
@@ -17,16 +18,22 @@ class FuseQuantLinear(RewriteRule):
 
     name = "quant_linear"
     absorb_cast = False
+    variants = {"repacked": (False, True)}
 
     def pattern(
         self, x: Any, packed: Any, shape: Any, absmax: Any, block: Any, kind: Any, bias: Any, absmax8: Any, code: Any,
-        offset: Any,
+        offset: Any, *, repacked: bool,
     ) -> Any:  # fmt: skip
-        """The product that bitsandbytes' ``Linear4bit`` runs, with or without its autograd function around it."""
+        """The products that bitsandbytes' ``Linear4bit`` runs; the repacked one is known in order to be refused."""
+        if repacked:
+            return gemv_4bit(x, packed, shape, absmax, code, block)
         return gemm_4bit(x, packed, shape, absmax, block, kind, bias, absmax8, code, offset)
 
     def check(self, m: Match) -> Refusal | None:
         """A storage that the kernels read."""
+        if m.repacked:
+            lost = ", which passes no gradient on" if requires_grad(m.x) else ""
+            return self.refuse(m, f"bitsandbytes repacked the weight for a CPU kernel of its own{lost}")
         problem = problem_4bit(m)
         return self.refuse(m, problem) if problem else None
 

@@ -11,7 +11,7 @@ from .errors import OptionError, UnsupportedModelError
 
 
 def check_model(model: Any) -> None:
-    """Refuse models that cannot be captured or whose weights are not where they are computed with.
+    """Refuse models that cannot be captured, or whose weights are not where they are computed with.
 
     Raises:
         OptionError: not an ``nn.Module``.
@@ -61,3 +61,17 @@ def _check_weights(model: nn.Module) -> None:
         raise UnsupportedModelError(
             f"the weights are on several devices ({where}): move the model to one with model.to(device)"
         )
+
+
+def check_gradients(model: nn.Module) -> None:
+    """Refuse to train through weights that pass no gradient on.
+
+    Raises:
+        UnsupportedModelError: 4-bit weights that were repacked for inference.
+    """
+    for name, parameter in model.named_parameters():
+        if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
+            raise UnsupportedModelError(
+                f"bitsandbytes repacked {name} when the model ran in evaluation mode on this CPU, and passes no gradient "
+                "through it: load the model again, or have it unpacked by model.state_dict(), before optimize()"
+            )

@@ -104,6 +104,11 @@ def gemm_4bit(x: Any, *storage: Any) -> Any:
     return _record("gemm_4bit", x, *storage)
 
 
+def gemv_4bit(x: Any, *storage: Any) -> Any:
+    """In a pattern: a bitsandbytes 4-bit product of a repacked weight, with the arguments of ``bitsandbytes::gemv_4bit``."""
+    return _record("gemv_4bit", x, *storage)
+
+
 def rows(x: Any) -> Any:
     """In a pattern: x with its leading dimensions flattened into one, or as it was."""
     return _record("rows", x)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -23,8 +22,6 @@ from weft.rewrite.driver import Outcome, Verifier
 from weft.rewrite.pipeline import Rules
 from weft.rewrite.report import Rewrite
 from weft.rewrite.verify import Replayer
-
-logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # else pytest keeps a record per symbol and line of source
 
 Inputs = Mapping[str, Any]
 Named = dict[str, Tensor | None]

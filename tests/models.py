@@ -12,6 +12,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
+import weft
+
 VOCABULARY = 61
 Inputs = dict[str, Any]
 
@@ -88,13 +90,13 @@ def outcome(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     return found
 
 
-def assert_same(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
-    """Equal within what float32 leaves of sums taken in another order."""
+def assert_same(found: dict[Any, Tensor], wanted: dict[Any, Tensor], rounding: float = 2e-5) -> None:
+    """Equal within what float32, or whatever rounds more, leaves of sums taken in another order."""
     assert found.keys() == wanted.keys()
     for name, value in wanted.items():
         size = max(float(value.abs().max()), 1e-2)
         torch.testing.assert_close(
-            found[name], value, rtol=0, atol=2e-5 * size, msg=lambda text, name=name: f"{name}: {text}"
+            found[name], value, rtol=0, atol=rounding * size, msg=lambda text, name=name: f"{name}: {text}"
         )
 
 
@@ -102,6 +104,11 @@ def assert_identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
     """Equal in every bit."""
     assert found.keys() == wanted.keys()
     assert not [name for name, value in wanted.items() if not torch.equal(found[name], value)]
+
+
+def quickly(model: nn.Module, verify: bool = False, **options: Any) -> nn.Module:
+    """``optimize`` on short examples; replay has tests of its own."""
+    return weft.optimize(model, example_inputs=batch(2, 6), verify=verify, **options)
 
 
 def twin(model: nn.Module) -> nn.Module:

@@ -14,13 +14,14 @@ from transformers import PreTrainedModel
 
 from weft.passes.defaults import default_passes
 from weft.rewrite.capture import Session
-from weft.rewrite.check import check_model
+from weft.rewrite.check import check_gradients, check_model
 from weft.rewrite.errors import ExampleInputsError, InternalError, OptionError, UndoError, WeftError
 from weft.rewrite.examples import check_examples, make_examples
 from weft.rewrite.install import Installation
 from weft.rewrite.pipeline import Pass
 from weft.rewrite.regions import plan_sites
 from weft.rewrite.report import RewriteReport
+from weft.rewrite.state import preserved
 
 _installed: WeakKeyDictionary[nn.Module, Installation] = WeakKeyDictionary()
 
@@ -55,6 +56,8 @@ def optimize(
     root = innermost(model)
     if root in _installed:
         return model
+    if mode == "train":
+        check_gradients(model)
     examples = check_examples(example_inputs) if example_inputs is not None else make_examples(root, mode)
     report = RewriteReport(mode, parameters={n: p.numel() for n, p in model.named_parameters()})
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
@@ -119,8 +122,9 @@ def _check_options(precision: Any, calibration: Any, memory: Any, keep_weights: 
 
 
 def _run_examples(model: nn.Module, examples: Sequence[Mapping[str, Any]], mode: str) -> None:
-    """Capture by running: the model's random state, buffers, mode and gradients stay as they were."""
-    with _preserved(model, training=mode == "train"), torch.set_grad_enabled(mode == "train"):
+    """Capture by running: random state, mode, buffers, and how weights are stored stay as they were."""
+    with preserved(model), _own_random_state(), torch.set_grad_enabled(mode == "train"):
+        model.train(mode == "train")
         for inputs in examples:
             model(**inputs)
 
@@ -141,18 +145,7 @@ def _explain(error: Exception, model: nn.Module, examples: Sequence[Mapping[str,
 
 
 @contextmanager
-def _preserved(model: nn.Module, training: bool) -> Iterator[None]:
-    modes = {m: m.training for m in model.modules()}
-    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+def _own_random_state() -> Iterator[None]:
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
         torch.manual_seed(0)
-        model.train(training)
-        try:
-            yield
-        finally:
-            for module, was in modes.items():
-                module.training = was
-            with torch.no_grad():
-                for name, buffer in model.named_buffers():
-                    if name in buffers and buffer.shape == buffers[name].shape:
-                        buffer.copy_(buffers[name])
+        yield
