@@ -83,8 +83,9 @@ def outcome(model: nn.Module, inputs: Inputs) -> dict[str, Tensor]:
     output = model(**inputs)
     found = {"logits": output.logits.detach().clone()}
     if output.loss is not None:
-        output.loss.backward()
         found |= {"loss": output.loss.detach()}
+    if output.loss is not None and output.loss.requires_grad:
+        output.loss.backward()
         found |= {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad(set_to_none=True)
     return found
