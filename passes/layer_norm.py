@@ -35,8 +35,10 @@ class FuseLayerNorm(RewriteRule):
     def check(self, m: Match) -> Refusal | None:
         """One weight and bias per feature, a constant eps, the last dimension alone."""
         size = static_size(m.x)
-        if size is None or not (dtype_of(m.x) or torch.int).is_floating_point:
-            return self.refuse(m, "the normalized dimension has no fixed size, or the input is not floating point")
+        if not (dtype_of(m.x) or torch.int).is_floating_point:
+            return self.refuse(m, "the input is not floating point")
+        if size is None and (m.form == "library" or m.w is not None or m.b is not None):
+            return self.refuse(m, "the normalized dimension has no fixed size")
         for name in ("w", "b"):
             bound = getattr(m, name)
             if bound is not None and sizes(bound) != (size,):

@@ -52,8 +52,10 @@ class FuseRmsNorm(RewriteRule):
     def check(self, m: Match) -> Refusal | None:
         """One weight per feature, a constant eps, and a mean over the whole last dimension."""
         size = static_size(m.x)
-        if size is None or not (dtype_of(m.x) or torch.int).is_floating_point:
-            return self.refuse(m, "the normalized dimension has no fixed size, or the input is not floating point")
+        if not (dtype_of(m.x) or torch.int).is_floating_point:
+            return self.refuse(m, "the input is not floating point")
+        if size is None and (m.w is not None or m.form in ("library", "normalize")):
+            return self.refuse(m, "the normalized dimension has no fixed size")
         if m.w is not None and sizes(m.w) != (size,):
             return self.refuse(m, f"the weight has shape {list(sizes(m.w))}, not one number per feature")
         if m.form != "none" and not isinstance(m.eps, float | int | None):
@@ -61,7 +63,7 @@ class FuseRmsNorm(RewriteRule):
         if m.form == "library" and tuple(m.shape) != (size,):
             return self.refuse(m, "it normalizes over several dimensions")
         if m.form == "normalize" and not (
-            isinstance(m.scale, float | int) and math.isclose(m.scale, size**0.5, rel_tol=1e-6)
+            size is not None and isinstance(m.scale, float | int) and math.isclose(m.scale, size**0.5, rel_tol=1e-6)
         ):
             return self.refuse(m, "the factor after F.normalize is not the square root of the size")
         return None

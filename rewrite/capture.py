@@ -44,11 +44,13 @@ class Session:
     verify: bool = True
     names: dict[int, str] = field(default_factory=dict)
     """Path of each of the model's parameters, by identity."""
+    reached: set[int] = field(default_factory=set)
+    """Identities of the parameters that are inputs of captured graphs."""
     _region: threading.local = field(default_factory=threading.local)
     _replays: dict[Any, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.compiler: Callable[..., Any] = self._compile
+        self.compiler: Callable[..., Any] = self.compile
 
     @property
     def path(self) -> str:
@@ -64,10 +66,11 @@ class Session:
         finally:
             self._region.path = previous
 
-    def _compile(self, module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., Any]:
+    def compile(self, module: fx.GraphModule, example_inputs: list[Any], rung: str = "graph") -> Callable[..., Any]:
         """Dynamo's backend: rewrite ``module``. Never fails: what cannot be rewritten runs as captured, and is reported."""
         started = time.perf_counter()
-        record = GraphRecord(RegionRecord([self.path], "graph"))
+        record = GraphRecord(RegionRecord([], rung))
+        anchors = find_anchors(module)
         function: Callable[..., Any] = module.forward
         original = fx.GraphModule(module, module.graph)
         original.graph = _copy(module.graph)
@@ -76,15 +79,13 @@ class Session:
             function = lower(module)
         except Exception as error:  # whatever a rule does, the model must run; the report and the log say what happened
             _log.debug("rewriting %s failed", self.path, exc_info=True)
-            record = GraphRecord(RegionRecord([self.path], "graph", note=f"left as captured: {_first_line(error)}"))
+            record = GraphRecord(RegionRecord([], rung, note=f"left as captured: {first_line(error)}"))
             record.region.nodes_before = record.region.nodes_after = len(module.graph.nodes)
-            self.report.notes.append(
-                f"{self.path or '(top)'}: rewriting failed, runs as captured: {_first_line(error)}"
-            )
+            self.report.notes.append(f"{self.path or '(top)'}: rewriting failed, runs as captured: {first_line(error)}")
             function = lower(original)
         self.report.graphs.append(record)
         self.report.total_seconds += time.perf_counter() - started
-        return CapturedGraph(self, record, function)
+        return CapturedGraph(self, record, function, anchors)
 
     def rewrite(self, module: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> None:
         """Run the passes over ``module``."""
@@ -95,17 +96,34 @@ class Session:
         if self.verify:
             examples = dict(zip(placeholders, example_inputs, strict=False))
             verifier = Replayer(examples, self._replays)
-        record.region.offset = self._offset(placeholders, example_inputs)
         run_pipeline(module, self.passes, verifier, record)
         record.region.parameters = reached_parameters(module)
 
-    def _offset(self, placeholders: list[fx.Node], example_inputs: Sequence[Any]) -> str:
-        """Path below the region of the module that the graph's parameter names are relative to."""
-        for node, value in zip(placeholders, example_inputs, strict=False):
-            relative, whole = parameter_name(node), self.names.get(id(value), "")
-            if relative and whole.endswith("." + relative):
-                return whole.removesuffix("." + relative).removeprefix(self.path).strip(".")
-        return ""
+    def place(self, anchors: Sequence[Anchor], arguments: Sequence[Any]) -> str:
+        """Whole path of the module whose forward a graph is, from those of the parameters that it is called with.
+
+        A parameter that several modules share is known by one path alone, which may lie outside the region.
+        """
+        for anchor in anchors:
+            place = self.names.get(id(arguments[anchor.index]), "").removesuffix("." + anchor.name)
+            inside = not self.path or f"{place}.".startswith(f"{self.path}.")
+            if inside and f"{place}.{anchor.name}" in self.report.parameters:
+                return place
+        return self.path
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A parameter among a graph's inputs: its position, and its name relative to the module whose forward the graph is."""
+
+    index: int
+    name: str
+
+
+def find_anchors(module: fx.GraphModule) -> list[Anchor]:
+    """The parameters among the inputs of ``module``."""
+    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
+    return [Anchor(i, name) for i, n in enumerate(placeholders) if (name := parameter_name(n))]
 
 
 @dataclass
@@ -115,12 +133,22 @@ class CapturedGraph:
     session: Session
     record: GraphRecord
     function: Callable[..., Any]
+    anchors: Sequence[Anchor] = ()
+    _seen: set[Any] = field(default_factory=set)
 
     def __call__(self, *args: Any) -> Any:
-        paths = self.record.region.paths
-        if self.session.path not in paths:
-            paths.append(self.session.path)
+        key = (self.session.path, id(args[self.anchors[0].index]) if self.anchors else None)
+        if key not in self._seen:
+            self._seen.add(key)
+            self._note(args)
         return self.function(*args)
+
+    def _note(self, args: tuple[Any, ...]) -> None:
+        self.session.reached.update(id(args[anchor.index]) for anchor in self.anchors)
+        region, path, place = self.record.region, self.session.path, self.session.place(self.anchors, args)
+        for known, new in ((region.paths, path), (region.places, place)):
+            if new not in known:
+                known.append(new)
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:
@@ -130,7 +158,8 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, in one line."""
     text = str(error).strip().splitlines()
     return f"{type(error).__name__}: {text[0] if text else ''}"
 
@@ -144,6 +173,8 @@ def annotate(module: fx.GraphModule) -> None:
 
 def parameter_name(placeholder: fx.Node) -> str:
     """Path of the parameter that ``placeholder`` stands for, relative to the region; "" for other inputs."""
+    if "parameter_path" in placeholder.meta:
+        return placeholder.meta["parameter_path"]
     argument = placeholder.meta.get("grapharg")
     origin = getattr(argument, "source", None)
     name = getattr(origin, "name", "")

@@ -30,8 +30,10 @@ class Expr:
     node: fx.Node | None = None
 
     def __repr__(self) -> str:
-        inner = ", ".join(map(repr, self.args)) if self.op != "leaf" else str(self.node)
-        return f"{self.op}({inner})"
+        """The operation and what stands directly below it: values are shared, and all of it can be exponentially long."""
+        if self.op == "leaf":
+            return f"leaf({self.node})"
+        return f"{self.op}({', '.join(a.op if isinstance(a, Expr) else _brief(a) for a in self.args)})"
 
     def walk(self) -> Iterator[Expr]:
         """This expression and all below it, each once."""
@@ -43,6 +45,10 @@ class Expr:
             seen.add(id(current))
             yield current
             pending.extend(_expressions(current.args))
+
+
+def _brief(argument: Any) -> str:
+    return f"({len(argument)} values)" if isinstance(argument, tuple | list) else repr(argument)
 
 
 def _expressions(argument: Any) -> Iterator[Expr]:

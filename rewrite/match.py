@@ -97,8 +97,7 @@ def _match_operation(pattern: Expr, target: Any, state: _State, miss: Miss) -> I
     outer = target
     target = strip_casts(target, only_widening=False)
     if not isinstance(target, Expr) or target.op != pattern.op or len(target.args) != len(pattern.args):
-        found = target.op if isinstance(target, Expr) else repr(target)
-        miss.note(state.progress, target, f"expected {pattern.op}, found {found}")
+        miss.note(state.progress, target, f"expected {pattern.op}, found {_named(target)}")
         return
     node = outer.node if state.progress == 0 else target.node
     seen = {**state.seen, id(pattern): node} if node is not None else state.seen
@@ -131,7 +130,14 @@ def _match_constant(pattern: Any, target: Any, state: _State, miss: Miss) -> Ite
     ):
         yield state
     else:
-        miss.note(state.progress, target, f"expected the constant {pattern!r}, found {target!r}")
+        miss.note(state.progress, target, f"expected the constant {pattern!r}, found {_named(target)}")
+
+
+def _named(target: Any) -> str:
+    """What was found, in a word: a whole expression may share parts with itself so often that writing it takes minutes."""
+    if isinstance(target, Expr):
+        return target.op
+    return f"{len(target)} values" if isinstance(target, tuple | list) else repr(target)
 
 
 def _same_number(a: float, b: float) -> bool:

@@ -14,7 +14,7 @@ from typing import Literal
 
 from torch import nn
 
-Role = Literal["region", "inline", "opaque"]
+Role = Literal["region", "inline", "opaque", "traced"]
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Site:
     """One module whose forward is replaced.
 
     ``region``: captured, and an interruption of any graph around it. ``inline``: captured, and one call in the graph around
-    it. ``opaque``: not captured, an interruption.
+    it. ``opaque``: not captured, an interruption. ``traced``: captured by torch.fx, where Dynamo captures nothing.
     """
 
     path: str
@@ -85,7 +85,7 @@ def _is_block(module: nn.Module) -> bool:
 def _holders(root: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
     """Every module with a forward of its own on the way from the root to a block; the root is ``""``."""
     paths = {p for b in blocks for p in _ancestors(b)}
-    return {p: root.get_submodule(p) for p in sorted(paths) if _has_forward(root.get_submodule(p))}
+    return {p: root.get_submodule(p) for p in sorted(paths) if has_forward(root.get_submodule(p))}
 
 
 def _ancestors(path: str) -> Iterator[str]:
@@ -94,8 +94,9 @@ def _ancestors(path: str) -> Iterator[str]:
         yield path
 
 
-def _has_forward(module: nn.Module) -> bool:
-    return not isinstance(module, nn.ModuleList | nn.ModuleDict)
+def has_forward(module: nn.Module) -> bool:
+    """Whether ``module`` can be called, unlike a plain container."""
+    return type(module).forward is not nn.Module.forward or "forward" in vars(module)
 
 
 def _direct(holders: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> set[str]:
@@ -104,11 +105,17 @@ def _direct(holders: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> set[
 
 
 def _side_modules(path: str, holder: nn.Module, blocks: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
-    """The children of a holder that have parameters and hold no block."""
+    """The children of a holder, and of the plain containers in it, that are no blocks and hold none.
+
+    Without parameters, too: a norm may have no weight.
+    """
     for name, child in holder.named_children():
         full = _join(path, name)
-        inside = any(b == full or b.startswith(full + ".") for b in blocks)
-        if not inside and _has_forward(child) and any(True for _ in child.parameters()):
+        if full in blocks:
+            continue
+        if not has_forward(child):
+            yield from _side_modules(full, child, blocks)
+        elif not any(b.startswith(full + ".") for b in blocks):
             yield full, child
 
 

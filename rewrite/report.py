@@ -64,8 +64,9 @@ class PassRecord:
 class RegionRecord:
     """One captured graph: the module instances that it serves, how it was reached, and how much of it was rewritten.
 
-    ``offset`` is the path, below each instance, of the module whose forward the graph is: not "" where the region's own
-    forward could only be captured in parts. ``rung`` is ``graph`` (Dynamo), ``fx`` (torch.fx symbolic tracing) or ``untouched``.
+    ``paths`` are the regions that run it. ``places`` are the modules whose forward it is: those regions, or modules below
+    them where a region's forward could only be captured in parts. ``rung`` is ``graph`` (Dynamo), ``fx`` (torch.fx
+    symbolic tracing) or ``untouched``.
     """
 
     paths: list[str]
@@ -75,7 +76,7 @@ class RegionRecord:
     nodes_covered: int = 0
     parameters: list[str] = field(default_factory=list)
     note: str = ""
-    offset: str = ""
+    places: list[str] = field(default_factory=list)
 
 
 def join(*paths: str) -> str:
@@ -96,8 +97,8 @@ class GraphRecord:
     def instances(self, records: Iterable[Any]) -> Iterator[Any]:
         """``records`` once per module instance, with whole paths."""
         for record in records:
-            for path in self.region.paths:
-                yield replace(record, module_path=join(path, self.region.offset, record.module_path))
+            for path in self.region.places:
+                yield replace(record, module_path=join(path, record.module_path))
 
 
 @dataclass
@@ -152,15 +153,13 @@ class RewriteReport:
     @property
     def node_share(self) -> float:
         """Share of the captured operations that rewrites replaced, counted once per module instance."""
-        covered = sum(g.region.nodes_covered * len(g.region.paths) for g in self.graphs)
-        return covered / max(1, sum(g.region.nodes_before * len(g.region.paths) for g in self.graphs))
+        covered = sum(g.region.nodes_covered * len(g.region.places) for g in self.graphs)
+        return covered / max(1, sum(g.region.nodes_before * len(g.region.places) for g in self.graphs))
 
     @property
     def parameter_share(self) -> float:
         """Share of the model's parameters that a replacement reads."""
-        reached = {
-            join(path, g.region.offset, p) for g in self.graphs for path in g.region.paths for p in g.region.parameters
-        }
+        reached = {join(path, p) for g in self.graphs for path in g.region.places for p in g.region.parameters}
         return sum(n for name, n in self.parameters.items() if name in reached) / max(1, sum(self.parameters.values()))
 
     def why_not(self, path: str) -> str:

@@ -1,0 +1,157 @@
+"""Regions reach every module that computes something, and report it by its own path."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import weft
+from weft.rewrite.expr import View
+from weft.rewrite.match import Miss, find
+from weft.rewrite.pattern import trace_patterns
+from weft.rewrite.regions import plan_sites
+
+from ..graphs import normal, trace
+
+
+class Norm(nn.Module):
+    """x / rms(x), with a weight or without."""
+
+    def __init__(self, size: int, weight: bool = True) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, size)) if weight else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+        return y if self.weight is None else y * self.weight
+
+
+class Mlp(nn.Module):
+    """A block of one kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.up, self.down = Norm(8), nn.Linear(8, 32), nn.Linear(16, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.up(self.norm(x)).chunk(2, -1)
+        return x + self.down(F.silu(gate) * up)
+
+
+class Other(nn.Module):
+    """A block whose class occurs once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.out = Norm(8), nn.Linear(8, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.out(self.norm(x))
+
+
+class Trunk(nn.Module):
+    """One block of its own kind beside two alike, norms in a list of their own, and a last norm without weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([Other(), Mlp(), Mlp()])
+        self.norms = nn.ModuleList([Norm(8), Norm(8)])
+        self.last = Norm(8, weight=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        for norm in self.norms:
+            x = norm(x)
+        return self.last(x)
+
+
+class Model(nn.Module):
+    """The trunk and a head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.head = Trunk(), nn.Linear(8, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.trunk(x))
+
+
+def norms_of(model: Any) -> set[str]:
+    """The paths of the rewritten norms."""
+    return {r.module_path for r in model.rewrite_report.rewrites if r.rule == "rms_norm"}
+
+
+def test_every_norm_is_reached_under_its_own_path() -> None:
+    torch.manual_seed(0)
+    model = Model()
+    x = normal(0, 2, 5, 8)
+    wanted = model(x)
+    weft.optimize(model, mode="train", example_inputs={"x": x})
+    norms = norms_of(model)
+    blocks = {f"trunk.layers.{i}.norm" for i in range(3)}
+    assert norms == {*blocks, "trunk.norms.0", "trunk.norms.1", "trunk.last"}
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_sites_cover_what_stands_beside_blocks() -> None:
+    sites = {s.path: s.role for s in plan_sites(Model()).first}
+    assert sites["trunk.layers.0"] == sites["trunk.layers.1"] == sites["trunk.last"] == "region"
+    assert sites["trunk.norms.0"] == "region" and sites["trunk"] == "opaque"
+    assert "trunk.layers" not in sites and "trunk.norms" not in sites
+
+
+class Broken(nn.Module):
+    """Two inner modules of one class, behind an interruption of the graph: one compiled frame serves both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = Other(), Other()
+
+    def forward(self, x: Tensor) -> Tensor:
+        torch._dynamo.graph_break()
+        x = self.first(x)
+        torch._dynamo.graph_break()
+        return self.second(x)
+
+
+class Stack(nn.Module):
+    """Two blocks that break."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Sequential(Broken(), Broken())
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.trunk(x)
+
+
+def test_modules_behind_a_graph_break_keep_their_paths() -> None:
+    torch.manual_seed(0)
+    model, x = Stack(), normal(0, 2, 5, 8)
+    wanted = model(x)
+    weft.optimize(model, mode="train", example_inputs={"x": x})
+    norms = norms_of(model)
+    assert norms == {f"trunk.{i}.{name}.norm" for i in (0, 1) for name in ("first", "second")}
+    torch.testing.assert_close(model(x), wanted)
+
+
+def test_values_that_share_parts_are_named_in_a_word() -> None:
+    """Sixty doublings written out would be 2^60 terms long."""
+
+    def doubled(x: Any) -> Any:
+        for _ in range(60):
+            x = torch.sin(x) + torch.cos(x)
+        return torch.tanh(x * torch.exp(x))
+
+    module = trace(doubled, {"x": normal(0, 2, 3, 4)})
+    view = View()
+    root = view.of(next(n for n in module.graph.nodes if "tanh" in n.name))
+    assert len(repr(root)) < 100
+    pattern = trace_patterns(lambda x: torch.tanh(x * 2.0), {})[0]
+    miss = Miss()
+    assert not list(find(pattern, root, miss))
+    assert 0 < len(miss.reason) < 100
