@@ -1,0 +1,192 @@
+"""Training an optimized model: checkpointing, frozen and thawed parameters, Trainer and TRL, logits that are kept or dropped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import Trainer, TrainingArguments
+
+import weft
+from weft.kernels.deferred_logits import DeferredLogits
+from weft.passes.defaults import default_passes
+from weft.rewrite.errors import DroppedOutputError
+
+from .models import NoBlocks, RootLoop, assert_same, batch, llama, outcome, quickly, twin, with_lora
+
+SMALL = {"hidden_size": 16, "intermediate_size": 24}
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_gives_the_same_gradients(reentrant: bool) -> None:
+    model = with_lora(llama(**SMALL), lora_dropout=0.3)
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if reentrant:
+        model.enable_input_require_grads()
+    plain = twin(model)
+    quickly(model, verify=True)
+    assert sum(r.rule == "lora_linear" for r in model.rewrite_report.rewrites) == 14, str(model.rewrite_report)
+    for enabled in (True, False):
+        found = []
+        for each in (model, plain):
+            if not enabled:
+                each.gradient_checkpointing_disable()
+            torch.manual_seed(3)
+            found.append(outcome(each, batch(2, 8, seed=1)))
+        assert_same(*found)
+
+
+def test_checkpointing_recomputes() -> None:
+    """What a checkpointed step keeps for its backward is less than what a plain one keeps, and as little as eager's."""
+    kept = {}
+    for name in ("plain", "checkpointed", "eager"):
+        model = llama(num_hidden_layers=4, **SMALL).train()
+        if name != "plain":
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        if name != "eager":
+            quickly(model)
+        kept[name] = _kept(model)
+    assert kept["checkpointed"] < 0.6 * kept["plain"] and kept["checkpointed"] <= 1.1 * kept["eager"], kept
+
+
+def _kept(model: nn.Module) -> int:
+    """Bytes that autograd keeps of one forward, parameters left out."""
+    own, seen = {p.untyped_storage().data_ptr() for p in model.parameters()}, dict[int, int]()
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storage = x.untyped_storage()
+        if storage.data_ptr() not in own:
+            seen[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        loss = model(**batch(4, 32), use_cache=False).loss
+    loss.backward()
+    return sum(seen.values())
+
+
+def test_parameters_frozen_and_thawed_after_optimizing() -> None:
+    model = RootLoop().train()
+    plain = twin(model)
+    quickly(model)
+    for names in (("head",), ("gain", "embed"), ("fused", "low"), ()):
+        for each in (model, plain):
+            for name, p in each.named_parameters():
+                p.requires_grad_(not any(n in name for n in names))
+        assert_same(outcome(model, batch(2, 6)), outcome(plain, batch(2, 6)))
+
+
+def test_gradients_accumulate_over_steps() -> None:
+    model = NoBlocks().train()
+    plain = twin(model)
+    quickly(model)
+    for each in (model, plain):
+        for seed in range(3):
+            each(**batch(2, 6, seed=seed)).loss.backward()
+    for (name, ours), theirs in zip(model.named_parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-4, atol=1e-5, msg=name)
+
+
+def test_a_few_steps_of_an_optimizer_follow_the_plain_model() -> None:
+    model = with_lora(llama(**SMALL))
+    plain = twin(model)
+    quickly(model)
+    losses = []
+    for each in (model, plain):
+        optimizer = torch.optim.AdamW([p for p in each.parameters() if p.requires_grad], lr=1e-2)
+        losses.append([])
+        for seed in range(4):
+            loss = each(**batch(4, 12, seed=seed)).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            losses[-1].append(float(loss.detach()))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][-1]
+
+
+class Rows(torch.utils.data.Dataset[Any]):
+    """Rows of token ids with labels."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Any:
+        return {name: value[0] for name, value in batch(1, 8, seed=i).items()}
+
+
+def _arguments(folder: Path, kind: Any = TrainingArguments, **options: Any) -> Any:
+    return kind(
+        str(folder), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no",
+        disable_tqdm=True, learning_rate=1e-2, seed=0, logging_steps=1, **options,
+    )  # fmt: skip
+
+
+def test_trainer(tmp_path: Path) -> None:
+    model = with_lora(llama(**SMALL))
+    plain = twin(model)
+    quickly(model)
+    losses = []
+    for each in (model, plain):
+        trainer = Trainer(each, _arguments(tmp_path), train_dataset=Rows(), eval_dataset=Rows())
+        trainer.train()
+        losses.append([h["loss"] for h in trainer.state.log_history if "loss" in h] + [trainer.evaluate()["eval_loss"]])
+    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+    assert any("forward" in m.__dict__ for m in model.modules())
+
+
+def test_trl_which_replaces_the_forward(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    datasets = pytest.importorskip("datasets")
+    rows = datasets.Dataset.from_list([{"input_ids": batch(1, 8, seed=i)["input_ids"][0].tolist()} for i in range(4)])
+    model = with_lora(llama(**SMALL))
+    plain = twin(model)
+    quickly(model)
+    losses = []
+    for each in (model, plain):
+        arguments = _arguments(tmp_path, trl.SFTConfig, packing=False, max_length=None)
+        trainer = trl.SFTTrainer(each, arguments, train_dataset=rows, processing_class=_tokenizer())
+        trainer.train()
+        losses.append([h["loss"] for h in trainer.state.log_history if "loss" in h])
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"w{i}": i for i in range(61)}
+    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
+    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w2", unk_token="w0")
+
+
+@pytest.mark.parametrize("logits", ["keep", "drop", "defer"])
+def test_what_becomes_of_the_logits(logits: Any) -> None:
+    model = llama(**SMALL).train()
+    plain = twin(model)
+    quickly(model, passes=default_passes("train", logits=logits), verify=True)
+    output, wanted = model(**batch(2, 6)), plain(**batch(2, 6))
+    torch.testing.assert_close(output.loss, wanted.loss)
+    assert output.logits.shape == wanted.logits.shape and output.logits.dtype == wanted.logits.dtype
+    assert isinstance(output.logits, DeferredLogits) == (logits != "keep")
+    fused = any(r.rule == "linear_cross_entropy" for r in model.rewrite_report.rewrites)
+    assert fused == (logits != "keep"), str(model.rewrite_report)
+    if logits == "drop":
+        with pytest.raises(DroppedOutputError, match='logits="defer"'):
+            output.logits.argmax(-1)
+    else:
+        torch.testing.assert_close(output.logits.float(), wanted.logits, rtol=1e-4, atol=1e-5)
+
+
+def test_own_passes_and_no_passes() -> None:
+    model = NoBlocks().train()
+    plain = twin(model)
+    quickly(model, passes=[p for p in default_passes("train") if p.name in ("rms_norm", "functionalize")])
+    assert {r.rule for r in model.rewrite_report.rewrites} == {"rms_norm"}
+    assert_same(outcome(model, batch()), outcome(plain, batch()))
+    weft.undo(model)
+    quickly(model, passes=())
+    assert not model.rewrite_report.rewrites and not any("forward" in m.__dict__ for m in model.modules())
+    assert_same(outcome(model, batch()), outcome(plain, batch()))
