@@ -1,0 +1,75 @@
+"""The examples, run as a reader runs them, at the smallest size that shows what they are for."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+CLOSE = 1e-4 if not torch.cuda.is_available() else 1e-1
+"""On a GPU the examples compute in bfloat16."""
+
+
+def run(folder: Path, script: str, *arguments: str) -> str:
+    """What ``script`` prints, started from an unrelated folder."""
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
+    )
+    assert done.returncode == 0, f"{script} exited with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    return done.stdout
+
+
+def number(pattern: str, text: str) -> float:
+    """The number that ``pattern`` captures in ``text``."""
+    found = re.search(pattern, text)
+    assert found is not None, f"{pattern!r} is not in\n{text}"
+    return float(found[1])
+
+
+def rewritten(text: str) -> set[str]:
+    """The rules in the table of rewrites that a printed report shows."""
+    return set(re.findall(r"^(\w+)  ", text.partition("\nRewritten\n")[2].partition("\n\n")[0], re.MULTILINE)) - {
+        "rule"
+    }
+
+
+def test_the_demo_trains_both_models_alike(tmp_path: Path) -> None:
+    """Equal curves, equal tokens (else its exit status is 1), and every rule that applies."""
+    printed = run(tmp_path, "demo.py", "--steps", "3", "--layers", "2", "--tokens", "6")
+    assert number(r"largest difference of the two curves: (\S+)", printed) < CLOSE
+    assert len(re.findall(r"^ +\d+ +\d+\.\d{5} +\d+\.\d{5}", printed, re.MULTILINE)) == 3
+    assert {"rms_norm", "rope", "lora_linear", "gated_mlp", "linear_cross_entropy"} <= rewritten(printed)
+
+
+def test_a_fine_tuned_adapter_loads_without_weft(tmp_path: Path) -> None:
+    """The loss falls, and PEFT alone computes the same from what was saved."""
+    printed = run(tmp_path, "finetune_lora.py", "--steps", "10", "--layers", "1")
+    losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", printed)]
+    assert len(losses) == 2 and losses[1] < losses[0]
+    assert number(r"reloaded by PEFT alone: (\S+)", printed) < CLOSE
+    assert "lora_linear" in rewritten(printed)
+
+
+def test_a_rule_of_ones_own_is_in_the_report(tmp_path: Path) -> None:
+    """The new rule rewrote every layer, and the loss stayed."""
+    printed = run(tmp_path, "write_a_rule.py")
+    assert re.search(r"^squared_relu +model\.layers\.0-2\.mlp\.act_fn +3 ", printed, re.MULTILINE), printed
+    before, after = (number(rf"{when} (\d+\.\d+)", printed) for when in ("before", "after"))
+    assert after == pytest.approx(before, abs=CLOSE)
+
+
+def test_a_report_answers_questions(tmp_path: Path) -> None:
+    """What was rewritten, what was not and why, as text, JSON and HTML; and ``undo`` takes it off again."""
+    printed = run(tmp_path, "inspect_report.py")
+    assert {"rms_norm", "gated_mlp"} <= rewritten(printed)
+    assert re.search(r"scaled\.1: rms_norm came as far as \d+ of \d+ operations", printed), printed
+    assert "report.html" in printed and "report.json" in printed
+    assert printed.rstrip().endswith("the model has a report: False")
