@@ -21,11 +21,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .dispatch import compute_dtype
+from .toolchain import tl, triton
 
 aten = torch.ops.aten
 

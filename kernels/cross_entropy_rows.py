@@ -15,9 +15,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from .toolchain import tl, triton
 
 MAX_BLOCK = 8192
 """Most columns that a program of the row kernel holds at a time."""

@@ -12,12 +12,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import activations as A
 from .dispatch import use_triton
+from .toolchain import tl, triton
 
 TILE = 2048
 """Elements that a program takes of each tensor."""

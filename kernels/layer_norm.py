@@ -15,12 +15,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import rows as R
 from .dispatch import compute_dtype, owned
+from .toolchain import tl, triton
 
 PER_THREAD, PER_THREAD_BACKWARD = 32, 16
 

@@ -26,12 +26,11 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .cross_entropy_rows import RowLoss, check_labels, rows_torch, rows_triton
 from .dispatch import compute_dtype, use_triton
+from .toolchain import tl, triton
 
 Reduction = Literal["mean", "sum", "none"]
 Gradients = tuple[Tensor, Tensor, Tensor]

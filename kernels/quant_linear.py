@@ -16,8 +16,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from ..quant import four_bit
@@ -25,6 +23,7 @@ from ..quant.layout import Layout
 from .dequantize_4bit import arguments, block_scale, dequantized
 from .dispatch import shaped, use_triton
 from .rows import rounded
+from .toolchain import tl, triton
 
 FEW_ROWS = 8
 """Up to here the matrix-vector kernel beats dequantizing first; its arithmetic grows with the rows."""

@@ -13,12 +13,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import rms_norm as norm
 from . import rows as R
+from .toolchain import tl, triton
 
 
 def reference(

@@ -17,12 +17,11 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import rows as R
 from .dispatch import compute_dtype
+from .toolchain import tl, triton
 
 EpsMode = Literal["inside", "outside", "clamp"]
 

@@ -20,11 +20,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .dispatch import compute_dtype, use_triton
+from .toolchain import tl, triton
 
 TILE = 2048
 """Pairs that a program turns at a time."""

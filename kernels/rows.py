@@ -11,11 +11,10 @@ import math
 from typing import Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from . import dispatch
+from .toolchain import tl, triton
 
 INTERPRETED = tl.constexpr(dispatch.INTERPRETED)
 Strides = tuple[int, int, int, int]
