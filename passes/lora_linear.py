@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch.nn.functional as F
+from torch import fx
 
 from ..kernels.lora_linear import lora_linear
 from ..kernels.lora_update import lora_update
-from ..rewrite.graph import dtype_of, sizes
+from ..rewrite.graph import dtype_of, sizes, tensor_of
 from ..rewrite.match import Match
 from ..rewrite.pattern import columns, gemm_4bit
 from ..rewrite.report import Refusal
@@ -23,27 +24,45 @@ from .storage import (
     tensors_4bit,
 )
 
+PLACES = {
+    "after twice": ("after", "after"),
+    "between and after": ("between", "after"),
+    "after": ("", "after"),
+    "between": ("", "between"),
+    "before": ("", "before"),
+    "not": ("", ""),
+}
+"""Where the wildcards ``gain`` and ``scale`` are applied: before both products, between them, or after both."""
+
 
 class FuseLoraLinear(RewriteRule):
-    """x Wᵀ + b + s (x Aᵀ) Bᵀ  →  lora_linear(x, W, b, A, B, s)"""
+    """x Wᵀ + b + s (x Aᵀ) Bᵀ  →  lora_linear(x, W, b, A, B, s)
+
+    A scale that the graph computes is taken into the factor beside it: one number a feature, as in DoRA and VeRA, scales
+    the rows of B, the columns of B, or the columns of A.
+    """
 
     name = "lora_linear"
     variants = {
         "base": ("rows", "columns", "4-bit", "any"),
         "down": ("rows", "columns"),
-        "scaled": ("after", "between", "before", "not"),
+        "scaled": tuple(PLACES),
     }
 
     def pattern(
-        self, x: Any, w: Any, xa: Any, a: Any, b: Any, scale: Any, y: Any,
+        self, x: Any, w: Any, xa: Any, a: Any, b: Any, scale: Any, gain: Any, y: Any,
         packed: Any, shape: Any, absmax: Any, block: Any, kind: Any, bias: Any, absmax8: Any, code: Any, offset: Any,
         *, base: str, down: str, scaled: str,
     ) -> Any:  # fmt: skip
         """Any storage of the base, adapters by rows (PEFT) or by columns, the scale wherever it is applied."""
         product = F.linear if down == "rows" else lambda t, m: columns(t, m, None)
-        low = product(xa * scale if scaled == "before" else xa, a)
-        update = product(low * scale if scaled == "between" else low, b)
-        update = update * scale if scaled == "after" else update
+
+        def applied(t: Any, here: str) -> Any:
+            for factor, place in zip((gain, scale), PLACES[scaled], strict=True):
+                t = t * factor if place == here else t
+            return t
+
+        update = applied(product(applied(product(applied(xa, "before"), a), "between"), b), "after")
         bases = {
             "rows": lambda: F.linear(x, w, bias),
             "columns": lambda: columns(x, w, bias),
@@ -52,12 +71,17 @@ class FuseLoraLinear(RewriteRule):
         }
         return bases[base]() + update
 
+    def accepts(self, m: Match) -> bool:
+        """A scale is a number, or one a feature: two linears around an activation or a gate are no adapter."""
+        return all(s is None or isinstance(s, float | int) or _is_row(s) for s in (m.scale, m.gain))
+
     def check(self, m: Match) -> Refusal | None:
-        """Two matrices that fit, a constant scale, and a base of the result's shape."""
-        if m.scale is not None and not isinstance(m.scale, float | int):
-            return self.refuse(m, "the scale is computed by the graph, not a constant")
+        """Two matrices that fit, scales in the dtype of the factor that takes them in, and a base of the result's shape."""
         if len(sizes(m.a)) != 2 or len(sizes(m.b)) != 2:
             return self.refuse(m, f"the adapter's factors have shapes {list(sizes(m.a))} and {list(sizes(m.b))}")
+        factor = m.a if m.scaled == "before" else m.b
+        if any(isinstance(s, fx.Node) and dtype_of(s) != dtype_of(factor) for s in (m.scale, m.gain)):
+            return self.refuse(m, f"the scale is no constant and not in the adapter's dtype {dtype_of(factor)}")
         if m.base == "any" and sizes(m.y) != sizes(m.root):
             return self.refuse(m, "what the update is added to is broadcast")
         if m.base in ("rows", "columns") and len(sizes(m.w)) != 2:
@@ -65,11 +89,19 @@ class FuseLoraLinear(RewriteRule):
         problem = problem_4bit(m) if m.base == "4-bit" else None
         return self.refuse(m, problem) if problem else None
 
-    def rewrite(self, m: Match, x: Any, w: Any, xa: Any, a: Any, b: Any, scale: Any, y: Any, **storage: Any) -> Any:
+    def rewrite(
+        self, m: Match, x: Any, w: Any, xa: Any, a: Any, b: Any, scale: Any, gain: Any, y: Any, **storage: Any
+    ) -> Any:
         """The operator for the base's storage; an unknown base product stays, and is updated."""
         if m.down == "columns":
             a, b = a.t(), b.t()
-        scale = 1.0 if m.scale is None else float(m.scale)
+        constant = 1.0
+        for given, place in zip((gain, scale), PLACES[m.scaled], strict=True):
+            if isinstance(given, fx.Proxy):
+                a, b = _scale_factor(place, a, b, given)
+            elif given is not None:
+                constant *= float(given)
+        scale = constant
         if m.base == "any":
             return call(lora_update, y, xa, a, b, scale, adapter_dtype=adapter_dtype(m.a, m.xa))
         if m.base == "4-bit":
@@ -82,3 +114,16 @@ class FuseLoraLinear(RewriteRule):
             lora_linear, x, weight, layout.encode(), storage["bias"], a, b, scale, x_adapter=dropped, adapter_dtype=kind
         )
         return found if product_dtype(m.x) == dtype_of(m.root) else found.to(dtype_of(m.root))
+
+
+def _is_row(scale: Any) -> bool:
+    """Whether ``scale`` holds numbers along the last dimension alone."""
+    return isinstance(scale, fx.Node) and tensor_of(scale) is not None and all(size == 1 for size in sizes(scale)[:-1])
+
+
+def _scale_factor(place: str, a: Any, b: Any, scale: Any) -> tuple[Any, Any]:
+    """The factors with ``scale`` taken in."""
+    row = scale.reshape(1, -1)
+    if place == "before":
+        return a * row, b
+    return a, b * row if place == "between" else b * row.t()

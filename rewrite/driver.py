@@ -88,7 +88,7 @@ def _attempt(
     module: fx.GraphModule,
     rule: RewriteRule,
     match: Match,
-    contexts: dict[fx.Node, int],
+    contexts: dict[fx.Node, Any],
     verifier: Verifier | None,
     outcome: Outcome,
 ) -> Refusal | None:
@@ -139,6 +139,8 @@ def _matches(rule: RewriteRule, view: View, node: fx.Node, miss: Miss) -> Iterat
             match = Match(pattern, (node, *outputs[1:]), bindings, anchor=node)
             if rule.absorb_cast:
                 match.outputs = (_through_casts(node), *match.outputs[1:])
+            if not rule.accepts(match):
+                continue
             match.nodes = g.backward_slice(match.outputs, match.inputs())
             yield match
 
@@ -160,13 +162,13 @@ def _same_device(a: fx.Node, b: fx.Node) -> bool:
     return x is not None and y is not None and x.device == y.device
 
 
-def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, int]) -> Refusal | None:
+def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, Any]) -> Refusal | None:
     """A refusal where moving the matched computation to one place would change what it reads or whether it is tracked."""
-    if len({contexts[n] for n in match.nodes if n.op != "get_attr"}) > 1:
+    start, end = match.nodes[0], _insertion_point(match)
+    if len({contexts[n] for n in (*match.nodes, end) if n.op != "get_attr"}) > 1:
         return rule.refuse(match, "gradient or autocast mode changes between the matched operations")
     if any(g.is_random(n) for n in match.nodes):
         return rule.refuse(match, "a random operation would be moved")
-    start, end = match.nodes[0], _insertion_point(match)
     inside = [n for n in match.root.graph.nodes if not g.before(n, start) and not g.before(match.root, n)]
     read = set[fx.Node]().union(
         *(g.storage_roots(i) for i in match.inputs()), *(g.storage_roots(n) for n in match.nodes)

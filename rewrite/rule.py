@@ -41,6 +41,10 @@ class RewriteRule:
         """Ordinary torch code over wildcards. Casts need not be written: matching looks through them."""
         raise NotImplementedError
 
+    def accepts(self, m: Match) -> bool:
+        """What a pattern cannot say of its wildcards. False: this is no match at all, and nothing to report."""
+        return True
+
     def check(self, m: Match) -> Refusal | None:
         """None where the rewrite is legal here, else the refusal that says why not. Must be pure."""
         return None
