@@ -144,7 +144,7 @@ class CapturedGraph:
         return self.function(*args)
 
     def _note(self, args: tuple[Any, ...]) -> None:
-        self.session.reached.update(id(args[anchor.index]) for anchor in self.anchors)
+        self.session.reached.update(id(a) for a in args if isinstance(a, torch.nn.Parameter))
         region, path, place = self.record.region, self.session.path, self.session.place(self.anchors, args)
         for known, new in ((region.paths, path), (region.places, place)):
             if new not in known:

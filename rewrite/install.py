@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from .cache import layer_number, narrow_caches, widen_caches
 from .capture import Session, dynamo_settings
 from .errors import CaptureError
+from .ladder import TracedRun
 from .regions import Site
 
 
@@ -35,6 +36,7 @@ class InstalledForward:
         self.module = module
         self.run = run
         self.original = original
+        self.captures = True
         update_wrapper(self, original, updated=())
         self.__signature__ = inspect.signature(original)
 
@@ -91,15 +93,26 @@ class Installation:
     def install(self, site: Site) -> None:
         """Replace the forward of one module; what an earlier instance attribute held is kept for :meth:`remove`."""
         original = site.module.forward
-        run = torch.compiler.disable(original) if site.role == "opaque" else self._region(site, original)
+        run = self._runner(site, original)
         self.replaced[site.path] = (site.module, site.module.__dict__.get("forward"))
         kind = InlineForward if site.role == "inline" else InstalledForward
-        site.module.__dict__["forward"] = kind(site.module, run, original)
+        forward = kind(site.module, run, original)
+        forward.captures = site.role != "opaque"
+        site.module.__dict__["forward"] = forward
 
     def inline_blocks_keep_type(self) -> bool:
         """Whether every inline block that ran returned a tensor like the one it was given."""
         forwards = [m.__dict__.get("forward") for m, _ in self.replaced.values()]
         return all(f.keeps_type for f in forwards if isinstance(f, InlineForward))
+
+    def _runner(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
+        if site.role == "traced":
+            return TracedRun(self.session, site, original, self._descend).run
+        return torch.compiler.disable(original) if site.role == "opaque" else self._region(site, original)
+
+    def _descend(self, site: Site) -> None:
+        if all(module is not site.module for module, _ in self.replaced.values()):
+            self.install(site)
 
     def _region(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
         compiled = torch.compile(original, backend=self.session.compiler, dynamic=True)
@@ -138,4 +151,4 @@ class Installation:
 
 def _installed_region(module: nn.Module) -> bool:
     forward = module.__dict__.get("forward")
-    return isinstance(forward, InstalledForward) and not getattr(forward.run, "_torchdynamo_disable", False)
+    return isinstance(forward, InstalledForward) and forward.captures

@@ -67,6 +67,14 @@ def _reason_rows(records: list[Any]) -> list[list[str]]:
     return [[rule, ", ".join(fold(paths)) or "(top)", reason] for (rule, reason), paths in groups.items()]
 
 
+def _note_rows(report: RewriteReport) -> list[list[str]]:
+    groups: dict[str, list[str]] = defaultdict(list)
+    for region in report.regions:
+        if region.note:
+            groups[region.note] += region.paths
+    return [[", ".join(fold(paths)) or "(top)", note] for note, paths in groups.items()]
+
+
 def _bytes(count: float) -> str:
     for unit in ("B", "KiB", "MiB", "GiB"):
         if count < 1024 or unit == "GiB":
@@ -95,6 +103,7 @@ def sections(report: RewriteReport) -> list[tuple[str, list[str], list[list[str]
     found = [
         ("Rewritten", ["rule", "where", "count", "nodes", "not written", "error/allowed"], rewrite_rows(report)),
         ("Refused", ["rule", "where", "why"], _reason_rows(report.refusals)),
+        ("Left as they were", ["where", "why"], _note_rows(report)),
         ("Nearest misses", ["rule", "where", "stopped at"], _reason_rows(report.near_misses)),
         ("Passes", ["pass", "seconds", "rewrites", "refusals"], passes),
     ]
@@ -132,6 +141,7 @@ def why_not(report: RewriteReport, path: str) -> str:
         for m in report.near_misses
         if inside(m.module_path)
     ]
+    lines += [f"{p}: {r.note}" for r in report.regions if r.note for p in r.paths if inside(p)]
     if lines:
         return "\n".join(lines)
     held = [r for r in report.regions if any(path == p or path.startswith(p + ".") or not p for p in r.paths)]
