@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..rewrite.pipeline import Pass, Rules
 from .common_subexpressions import CommonSubexpressions
+from .fix_widths import FixWidths
 from .functionalize import Functionalize
 from .gated_mlp import FuseGatedMlp
 from .layer_norm import FuseLayerNorm
@@ -25,6 +26,7 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer") -> tuple[Pa
     return (
         Functionalize(),
         CommonSubexpressions(),
+        FixWidths(),
         Rules("rms_norm", (FuseRmsNorm(),)),
         Rules("layer_norm", (FuseLayerNorm(),)),
         Rules("rope", (FuseRope(), FusePartialRope(), PairRope())),

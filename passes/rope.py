@@ -8,64 +8,109 @@ import torch
 from torch import fx
 
 from ..kernels.rope import rope, rope_single
-from ..rewrite.graph import dtype_of, requires_grad, sizes, static_size, tensor_of
+from ..rewrite.graph import (
+    before,
+    dtype_of,
+    fixed_size,
+    is_context,
+    requires_grad,
+    settled,
+    sizes,
+    static_size,
+    tensor_of,
+    value,
+)
 from ..rewrite.match import Match
 from ..rewrite.pattern import as_complex, from_complex, interleave, part
 from ..rewrite.report import Refusal
 from ..rewrite.rule import RewriteRule, call
 from ..rewrite.siblings import SiblingRule
+from ..rewrite.vocabulary import is_in_place, operation
 
 
 class FuseRope(RewriteRule):
     """x·cos + rotate(x)·sin  →  rope_single(x, cos, sin)"""
 
     name = "rope"
-    variants = {"form": ("rotate half", "two halves", "rotate pairs", "two of a pair", "complex", "complex, one table")}
+    variants = {
+        "form": ("rotate half", "two halves", "rotate pairs", "two of a pair", "complex", "complex, one table"),
+        "back": (False, True),
+    }
 
-    def pattern(self, x: Any, cos: Any, sin: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, *, form: str) -> Any:
-        """Half-rotated and interleaved, through a rotated copy or part by part, and as a complex product."""
+    def pattern(
+        self, x: Any, cos: Any, sin: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, *, form: str, back: bool
+    ) -> Any:
+        """Half-rotated and interleaved, through a rotated copy or part by part, as a complex product; either way round."""
         if form.startswith("complex"):
-            return from_complex(as_complex(x) * cos)
+            return None if back else from_complex(as_complex(x) * cos)
         first, second = part(x, a, b, p), part(x, c, d, q)
-        join = torch.cat if "half" in form or "halves" in form else None
-        if form == "rotate half":
-            return x * cos + torch.cat((-second, first), -1) * sin
-        if form == "rotate pairs":
-            return x * cos + interleave(-second, first) * sin
-        left, right = first * cos - second * sin, second * cos + first * sin
-        return torch.cat((left, right), -1) if join else interleave(left, right)
+        join = interleave if "pair" in form else lambda left, right: torch.cat((left, right), -1)
+        if form.startswith("rotate"):
+            turned = join(-second, first) * sin
+            return x * cos - turned if back else x * cos + turned
+        if back:
+            return join(first * cos + second * sin, second * cos - first * sin)
+        return join(first * cos - second * sin, second * cos + first * sin)
 
     def check(self, m: Match) -> Refusal | None:
         """The parts are the two halves (or the even and odd elements), and the tables broadcast to x."""
-        size = static_size(m.x)
+        size = fixed_size(m.x)
         if size is None or size % 2:
             return self.refuse(m, "the rotated dimension has no fixed even size")
-        if m.a is not None and _parts(m) != _expected(m.form, size):
+        if m.a is not None and not (
+            _halves(m, size) if m.form == "rotate half" else _halves(m, size) or _pairs(m, size)
+        ):
             return self.refuse(m, f"the rotated parts {_parts(m)} are not the two halves of {size}")
+        if m.form == "rotate pairs" and not _pairs(m, size):
+            return self.refuse(m, f"the rotated parts {_parts(m)} are not the pairs of {size}")
         if sizes(m.x) != sizes(m.root):
             return self.refuse(m, "the tables are larger than what they rotate")
         table = tensor_of(m.cos)
         if m.form.startswith("complex") and not (table is not None and table.is_complex()):
             return self.refuse(m, "complex numbers are scaled, not turned")
-        if static_size(m.cos) not in (size, size // 2) or len(sizes(m.cos)) > len(sizes(m.x)):
+        if fixed_size(m.cos) not in (size, size // 2) or len(sizes(m.cos)) > len(sizes(m.x)):
             return self.refuse(m, f"a table of shape {list(sizes(m.cos))} does not fit {list(sizes(m.x))}")
         if not 2 <= len(sizes(m.x)) <= 4:
             return self.refuse(m, f"{len(sizes(m.x))} dimensions")
         return None
 
     def rewrite(self, m: Match, x: Any, cos: Any, sin: Any, **_: Any) -> Any:
-        """One rotation; a table of complex numbers is cosine and sine in one."""
-        pairs = m.form in ("rotate pairs", "two of a pair") or m.form.startswith("complex")
-        return call(rope_single, x, cos, sin, interleaved=pairs, rotary_dim=static_size(m.x), dtype=dtype_of(m.root))
+        """One rotation; a table of complex numbers is cosine and sine in one.
+
+        Pairs that are returned as halves, or halves as pairs, are sorted that way first.
+        """
+        size = fixed_size(m.x)
+        pairs = "pair" in m.form or m.form.startswith("complex")
+        if m.a is not None and pairs != _pairs(m, size):
+            x = x.unflatten(-1, (2, -1) if pairs else (-1, 2)).transpose(-1, -2).flatten(-2)
+        sin = _negative(m, sin) if m.back else sin
+        return call(rope_single, x, cos, sin, interleaved=pairs, rotary_dim=size, dtype=dtype_of(m.root))
 
 
 def _parts(m: Match) -> tuple[Any, ...]:
     size = static_size(m.x)
-    return (m.a, size if m.b is None else m.b, m.c, size if m.d is None else m.d, m.p, m.q)
+    bounds = (m.a, size if m.b is None else m.b, m.c, size if m.d is None else m.d, m.p, m.q)
+    return tuple(settled(value(bound)) for bound in bounds)
 
 
-def _expected(form: str, size: int) -> tuple[int, ...]:
-    return (0, size // 2, size // 2, size, 1, 1) if "hal" in form else (0, size, 1, size, 2, 2)
+def _halves(m: Match, size: Any) -> bool:
+    return _parts(m) == (0, size // 2, size // 2, size, 1, 1)
+
+
+def _pairs(m: Match, size: Any) -> bool:
+    return m.a is not None and _parts(m) == (0, size, 1, size, 2, 2)
+
+
+def _negative(m: Match, sin: Any) -> Any:
+    """−sin, computed once for all that it turns: else q and k would seem to have different tables."""
+    known = [u for u in m.sin.users if operation(u) == "neg" and u not in m.nodes and before(u, m.root)]
+    if known:
+        return fx.Proxy(known[0], sin.tracer)
+    first = min((u for u in m.sin.users if u.op != "output"), key=lambda n: n._sort_key)
+    if any(is_in_place(n) or is_context(n) for n in m.sin.graph.nodes):
+        return -sin
+    with m.sin.graph.inserting_before(first):
+        return -sin
 
 
 class FusePartialRope(RewriteRule):

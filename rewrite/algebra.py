@@ -83,6 +83,50 @@ def _features(product: Expr) -> int | None:
 
 
 @equation("add", "sub")
+def negative_addend(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
+    """x + (−y) = x − y;  x + y·(−z) = x − y·z;  x − (−y) = x + y"""
+    if alpha != 1:
+        return None
+    positive = _negated(v, y)
+    if positive is not None:
+        return v.make("sub" if at.op == "add" else "add", x, positive, node=at.node)
+    positive = _negated(v, x) if at.op == "add" else None
+    return v.make("sub", y, positive, node=at.node) if positive is not None else None
+
+
+def _negated(v: View, x: Any) -> Expr | None:
+    """What ``x`` is the negative of, if it is a negative or a product with one."""
+    inner = _op(x, "neg", "mul")
+    if inner is None or inner.op == "neg":
+        return inner.args[0] if inner else None
+    for factor, other in (inner.args, inner.args[::-1]):
+        positive = _op(factor, "neg")
+        if positive is not None:
+            return v.make("mul", positive.args[0], other)
+    return None
+
+
+@equation("cat")
+def joined_with_a_negative(v: View, at: Site, tensors: Any, dim: Any = 0) -> Expr | None:
+    """(a, −b) = −(−a, b)"""
+    pair = _opposite(v, *tensors) if len(tensors) == 2 else None
+    return v.intern("neg", (v.make("cat", pair, dim),), at.node) if pair else None
+
+
+@equation("interleave")
+def interleaved_with_a_negative(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """a, −b interleaved = −(−a, b interleaved)"""
+    pair = _opposite(v, x, y)
+    return v.intern("neg", (v.make("interleave", *pair),), at.node) if pair else None
+
+
+def _opposite(v: View, x: Any, y: Any) -> tuple[Any, Any] | None:
+    """(−x, −y) where of the two y alone is a negative."""
+    second = _op(y, "neg") if not _op(x, "neg") else None
+    return (v.make("neg", x), second.args[0]) if second else None
+
+
+@equation("add", "sub")
 def scaled_addend(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
     """x ± alpha·y = x ± (y·alpha)"""
     return v.intern(at.op, (x, y if alpha == 1 else v.make("mul", y, alpha)), at.node)
@@ -240,7 +284,7 @@ def reshaped(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
         return x
     inner = x if x.op == "stack" and len(x.args[0]) == 2 and from_the_end(x.args[1], x) == -1 else None
     if inner and len(after) == len(before) - 1 and before[:-2] == after[:-1]:
-        return v.intern("interleave", inner.args[0], at.node)
+        return v.make("interleave", *inner.args[0], node=at.node)
     return None
 
 

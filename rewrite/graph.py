@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import sympy
 import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
@@ -18,6 +19,7 @@ _CONTEXT_TARGETS = (
     "_exit_autocast",
     "set_grad_enabled",
     "_enter_inference_mode",
+    "_exit_inference_mode",
 )
 _RANDOM = frozenset((
     "dropout", "dropout_", "bernoulli", "bernoulli_", "rand", "randn", "rand_like", "randn_like", "alpha_dropout",
@@ -67,6 +69,24 @@ def static_size(node: Any, dim: int = -1) -> int | None:
     if not shape or not -len(shape) <= dim < len(shape):
         return None
     return shape[dim] if isinstance(shape[dim], int) else None
+
+
+def fixed_size(node: Any, dim: int = -1) -> int | None:
+    """:func:`static_size`, where need be by fixing the one symbol in a size to what it was while tracing: the graph then
+    serves no other, and Dynamo guards that."""
+    shape = sizes(node)
+    size = shape[dim] if shape and -len(shape) <= dim < len(shape) else None
+    if isinstance(size, torch.SymInt):
+        symbols = list(size.node.expr.free_symbols)
+        if size.node.has_hint() and len(symbols) == 1:
+            _fix(size.node.shape_env, symbols[0])
+        size = settled(size)
+    return size if isinstance(size, int) else None
+
+
+def _fix(environment: Any, symbol: Any) -> None:
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    environment.evaluate_expr(sympy.Eq(symbol, known[symbol]))
 
 
 def requires_grad(node: Any) -> bool:
@@ -161,13 +181,22 @@ def overwritten(node: fx.Node) -> set[fx.Node]:
     return set[fx.Node]().union(*(storage_roots(n) for n in written))
 
 
-def context_of(graph: fx.Graph) -> dict[fx.Node, int]:
-    """For each node, the number of mode switches before it: nodes of one number run under the same modes."""
-    contexts: dict[fx.Node, int] = {}
-    count = 0
+def context_of(graph: fx.Graph) -> dict[fx.Node, Any]:
+    """For each node, the gradient and autocast modes that the graph put in force before it: equal where they are the same.
+
+    Those in force when the graph starts equal no others: the graph does not say what they are.
+    """
+    contexts: dict[fx.Node, Any] = {}
+    gradient, opened = None, tuple[fx.Node, ...]()
     for node in graph.nodes:
-        count += is_context(node)
-        contexts[node] = count
+        name = target_name(node.target) if is_context(node) else ""
+        if name.endswith("set_grad_enabled"):
+            gradient = node.args[0]
+        elif name.startswith("_exit"):
+            opened = tuple(n for n in opened if n is not node.args[0])
+        elif name:
+            opened += (node,)
+        contexts[node] = gradient, opened
     return contexts
 
 

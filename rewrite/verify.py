@@ -45,11 +45,12 @@ class Replayer:
     def _replay(
         self, module: fx.GraphModule, change: Change, boundary: list[fx.Node]
     ) -> tuple[float | None, str | None]:
-        casts = [n for n in boundary if _is_cast_of(n, boundary)]  # one value: drawn apart, the two would differ
-        boundary = [n for n in boundary if n not in casts]
+        derived = [n for n in boundary if _is_derived(n, boundary)]  # drawn apart, the two would not fit each other
+        derived.sort(key=lambda n: n._sort_key)
+        boundary = [n for n in boundary if n not in derived]
         outputs = [pair for pair in zip(change.old_outputs, change.new_outputs, strict=True) if _is_read(pair[1])]
-        old = g.copy_nodes([*casts, *change.old], boundary, [o for o, _ in outputs], module)
-        new = g.copy_nodes([*casts, *change.new], boundary, [o for _, o in outputs], module)
+        old = g.copy_nodes([*derived, *change.old], boundary, [o for o, _ in outputs], module)
+        new = g.copy_nodes([*derived, *change.new], boundary, [o for _, o in outputs], module)
         generator = torch.Generator().manual_seed(0)
         inputs = [self.example(n, generator) for n in boundary]
         tracked = any(g.requires_grad(o) for o in change.old_outputs)
@@ -123,8 +124,9 @@ def _boundary(change: Change) -> list[fx.Node]:
     return list(dict.fromkeys([*change.inputs, *outside]))
 
 
-def _is_cast_of(node: fx.Node, boundary: list[fx.Node]) -> bool:
-    return node.op == "call_method" and operation(node) == "cast" and node.args[0] in boundary
+def _is_derived(node: fx.Node, boundary: list[fx.Node]) -> bool:
+    """Whether ``node`` is an input that is the cast, or the negative, of another."""
+    return node.op.startswith("call") and operation(node) in ("cast", "neg") and node.args[0] in boundary
 
 
 def _signature(change: Change, boundary: list[fx.Node]) -> Any:

@@ -39,6 +39,9 @@ SUMS = {
     "sin y + cos x": lambda x, y, c, s: s * y + c * x,
     "torch.add": lambda x, y, c, s: torch.add(torch.mul(x, c), torch.mul(y, s)),
     "in place": lambda x, y, c, s: (x * c).add_(y * s),
+    "minus": lambda x, y, c, s: x * c - (-y) * s,
+    "back": lambda x, y, c, s: x * c - y * s,
+    "back, a negative": lambda x, y, c, s: x * c + y * (-s),
 }
 INTERLEAVES = {
     "stack, flatten": lambda a, b: torch.stack((a, b), -1).flatten(-2),
@@ -48,6 +51,9 @@ INTERLEAVES = {
 TURNS = {
     "one": lambda a, b, c, s: (a * c - b * s, b * c + a * s),
     "other": lambda a, b, c, s: (c * a - s * b, a * s + b * c),
+    "negatives": lambda a, b, c, s: (c * a + b * (-s), a * s + b * c),
+    "back": lambda a, b, c, s: (a * c + b * s, b * c - a * s),
+    "back, a negative": lambda a, b, c, s: (a * c + b * s, a * (-s) + b * c),
 }
 FORMS = ("rotate half", "two halves", "rotate pairs", "two of a pair", "complex")
 MORE = ("nothing", "rotated", "half")
@@ -60,7 +66,8 @@ def rotated(x: Any, cos: Any, sin: Any, s: dict[str, Any], size: int) -> tuple[A
         z = torch.view_as_complex(x.float().unflatten(-1, (size // 2, 2)))
         return torch.view_as_real(z * cos).flatten(3), z.real
     wide = x.float() if s["widen"] else x
-    first, second = (PAIRS[s["pairs"]] if pairs else HALVES[s["halves"]])(wide, size)
+    from_pairs = pairs != (s["sorted"] and form.startswith("two"))
+    first, second = (PAIRS[s["pairs"]] if from_pairs else HALVES[s["halves"]])(wide, size)
     join = INTERLEAVES[s["interleave"]] if pairs else lambda a, b: torch.cat((a, b), dim=s["cat"])
     if form.startswith("rotate"):
         turned = join(NEGATIVES[s["negative"]](second), first)
@@ -80,6 +87,7 @@ spellings = st.fixed_dictionaries(
         "negative": st.sampled_from(sorted(NEGATIVES)),
         "sum": st.sampled_from(sorted(SUMS)),
         "turn": st.sampled_from(sorted(TURNS)),
+        "sorted": st.booleans(),
         "interleave": st.sampled_from(sorted(INTERLEAVES)),
         "cat": st.sampled_from((-1, 3)),
         "more": st.sampled_from(MORE),
@@ -132,7 +140,7 @@ def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
     module, _ = check(spelt(s), inputs_of(s), RULES, terms=16)
     names = targets(module)
     assert 2 * names.count("rope") + names.count("rope_single") == 2, module.graph
-    assert s["table_grad"] or names.count("rope") == 1, module.graph
+    assert s["table_grad"] or names.count("rope") == 1 or "back" in s["turn"] + s["sum"], module.graph
 
 
 def half(x: Any) -> Any:
@@ -141,10 +149,13 @@ def half(x: Any) -> Any:
 
 
 NEAR = {
-    "turned the other way": lambda x, y, c, s: x * c + torch.cat((x[..., 2:], -x[..., :2]), -1) * s,
     "halves not swapped": lambda x, y, c, s: x * c + torch.cat((-x[..., :2], x[..., 2:]), -1) * s,
     "nothing negated": lambda x, y, c, s: x * c + torch.cat((x[..., 2:], x[..., :2]), -1) * s,
-    "subtracted": lambda x, y, c, s: x * c - half(x) * s,
+    "one half turned each way": lambda x, y, c, s: torch.cat(
+        (x[..., :2] * c[..., :2] - x[..., 2:] * s[..., :2], x[..., 2:] * c[..., :2] - x[..., :2] * s[..., :2]), -1
+    ),
+    "subtracted from the turned": lambda x, y, c, s: half(x) * s - x * c,
+    "all negative": lambda x, y, c, s: x * c + torch.cat((-x[..., 2:], -x[..., :2]), -1) * s,
     "another tensor turned": lambda x, y, c, s: x * c + half(y) * s,
     "unequal parts": lambda x, y, c, s: x * c + torch.cat((-x[..., 1:], x[..., :1]), -1) * s,
     "along another dimension": lambda x, y, c, s: x * c + torch.cat((-x[..., 2:, :], x[..., :2, :]), -2) * s,
@@ -163,6 +174,26 @@ NEAR = {
 def test_near_misses_are_left_alone(name: str) -> None:
     x, y, cos, sin = (normal(i, 4, 4, 4, 4, grad=True) for i in range(4))
     check(NEAR[name], {"x": x, "y": y, "cos": cos, "sin": sin}, RULES, count=0, terms=16)
+
+
+TURNED_BACK = {
+    "halves swapped": lambda x, c, s: x * c + torch.cat((x[..., 2:], -x[..., :2]), -1) * s,
+    "pairs swapped": lambda x, c, s: x * c + torch.stack((x[..., 1::2], -x[..., ::2]), -1).flatten(-2) * s,
+    "subtracted": lambda x, c, s: x * c - half(x) * s,
+    "by parts": lambda x, c, s: torch.cat(TURNS["back"](x[..., :2], x[..., 2:], c[..., :2], s[..., :2]), -1),
+}
+
+
+@pytest.mark.parametrize("name", TURNED_BACK)
+def test_turned_the_other_way(name: str) -> None:
+    """q and k share one negative table."""
+    inputs = {"q": normal(0, 2, 3, 4, 4), "k": normal(1, 2, 2, 4, 4), "cos": normal(2, 4, 4), "sin": normal(3, 4, 4)}
+    turned = TURNED_BACK[name]
+    module, _ = check(
+        lambda q, k, cos, sin: (turned(q, cos, sin), turned(k, cos, sin)), inputs, RULES, terms=16, verify=True
+    )
+    names = targets(module)
+    assert names.count("rope") == 1 and names.count("neg") == 1, module.graph
 
 
 def test_complex_numbers_that_are_only_scaled_are_left_alone() -> None:
@@ -207,7 +238,7 @@ def test_each_form_is_verified(form: str) -> None:
     s: dict[str, Any] = {
         "form": form, "dtype": torch.bfloat16, "table_dtype": "float32", "widen": True, "narrow": True, "halves": "chunk",
         "pairs": "steps", "negative": "-y", "sum": "torch.add", "turn": "one", "interleave": "stack, flatten", "cat": -1,
-        "more": "nothing", "batch": 2, "length": 3, "heads": (2, 4), "size": 4, "rest": 0, "table": "per row",
+        "sorted": False, "more": "nothing", "batch": 2, "length": 3, "heads": (2, 4), "size": 4, "rest": 0, "table": "per row",
         "table_grad": False,
     }  # fmt: skip
     module, outcome = check(spelt(s), inputs_of(s), RULES, terms=16, verify=True, dynamic=True)
