@@ -42,6 +42,13 @@ def use_triton(x: Tensor) -> bool:
     return x.is_cuda and _has_triton()
 
 
+def why_reference(device: torch.device) -> str:
+    """Why operators on a GPU compute in plain torch, if they do; else nothing."""
+    if device.type != "cuda" or _has_triton():
+        return ""
+    return f"Triton is not installed, or does not support {device}: operators compute in plain torch there"
+
+
 def _has_triton() -> bool:
     from torch.utils._triton import has_triton
 

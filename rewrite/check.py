@@ -26,7 +26,7 @@ def check_model(model: Any) -> None:
 
 def _check_compiled(model: nn.Module) -> None:
     for path, module in model.named_modules():
-        if isinstance(module, torch._dynamo.OptimizedModule) or module._compiled_call_impl is not None:
+        if isinstance(module, torch._dynamo.OptimizedModule) or _is_compiled(module):
             raise UnsupportedModelError(
                 f"{path or type(module).__name__} is compiled already: call optimize() on the model before torch.compile"
             )
@@ -36,23 +36,37 @@ def _check_compiled(model: nn.Module) -> None:
             )
 
 
+def _is_compiled(module: nn.Module) -> bool:
+    """By ``module.compile()``, or by ``module.forward = torch.compile(module.forward)``."""
+    forward = vars(module).get("forward")
+    wrapped = getattr(forward, "_torchdynamo_orig_callable", None) is not None
+    return module._compiled_call_impl is not None or (wrapped and not getattr(forward, "_torchdynamo_disable", False))
+
+
 def _check_hooks(model: nn.Module) -> None:
     for path, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
-        if hook is not None and (
-            getattr(hook, "offload", False) or getattr(hook, "cpu_offload_hook", None) is not None
-        ):
+        if any(_moves_weights(h, module) for h in (hook, *getattr(hook, "hooks", ()))):
             raise UnsupportedModelError(
                 f"the weights of {path or 'the model'} are offloaded by accelerate: load the model onto one device "
                 '(device_map={"": 0}) before optimize()'
             )
 
 
+def _moves_weights(hook: Any, module: nn.Module) -> bool:
+    """Whether a hook brings the weights to where they are computed with when they are used."""
+    where = getattr(hook, "execution_device", None)
+    kinds = {p.device.type for p in module.parameters()}
+    elsewhere = where is not None and kinds - {torch.device(where).type}
+    return bool(getattr(hook, "offload", False) or elsewhere)
+
+
 def _check_weights(model: nn.Module) -> None:
     devices: dict[torch.device, str] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for name, held in (*model.named_parameters(), *model.named_buffers()):
+        if held.is_meta:
             raise UnsupportedModelError(f"{name} is on the meta device: load the weights before optimize()")
+    for name, parameter in model.named_parameters():
         devices.setdefault(parameter.device, name)
     if not devices:
         raise UnsupportedModelError(f"{type(model).__name__} has no parameters: there is nothing to optimize")

@@ -161,6 +161,10 @@ def check_examples(inputs: Any) -> list[Mapping[str, Any]]:
         ExampleInputsError: anything else, or an empty sequence.
     """
     given = [inputs] if isinstance(inputs, Mapping) else inputs
-    if not isinstance(given, list | tuple) or not given or not all(isinstance(i, Mapping) for i in given):
+    if not isinstance(given, list | tuple) or not given or not all(_is_keywords(i) for i in given):
         raise ExampleInputsError("example_inputs must be a dict of forward keyword arguments, or a list of such dicts")
     return list(given)
+
+
+def _is_keywords(inputs: Any) -> bool:
+    return isinstance(inputs, Mapping) and all(isinstance(name, str) for name in inputs)

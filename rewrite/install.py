@@ -6,8 +6,8 @@ that ``copy.deepcopy`` and ``torch.save`` yield a model that works, unoptimized,
 
 from __future__ import annotations
 
+import copy
 import inspect
-import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import update_wrapper
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensor
 
 from .cache import layer_number, narrow_caches, widen_caches
@@ -24,11 +25,6 @@ from .ladder import TracedRun
 from .regions import Site
 
 
-def _own_forward(module: nn.Module) -> Callable[..., Any]:
-    """The class's forward, bound to ``module``: what an installed forward becomes when it is copied or pickled."""
-    return types.MethodType(type(module).forward, module)
-
-
 class InstalledForward:
     """A replaced forward. Its signature is the original's, which Trainer and ``generate`` inspect."""
 
@@ -36,6 +32,7 @@ class InstalledForward:
         self.module = module
         self.run = run
         self.original = original
+        self.previous = vars(module).get("forward")
         self.captures = True
         update_wrapper(self, original, updated=())
         self.__signature__ = inspect.signature(original)
@@ -44,12 +41,28 @@ class InstalledForward:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.run(*args, **kwargs)
 
+    def remove(self) -> None:
+        """Give the module its former forward back; a forward that was put around this one later stays, and finds it there."""
+        self.run = self.original
+        held = vars(self.module)
+        if held.get("forward") is self and self.previous is not None:
+            held["forward"] = self.previous
+        elif held.get("forward") is self:
+            del held["forward"]
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return _own_forward, (self.module,)
+        # the module that is being unpickled has no attributes yet: this finds the forward of its class
+        return (getattr, (self.module, "forward")) if self.previous is None else (_same, (self.previous,))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         copied = memo.get(id(self.module))
-        return _own_forward(copied) if copied is not None else self
+        if copied is None:
+            return self
+        return copied.forward if self.previous is None else copy.deepcopy(self.previous, memo)
+
+
+def _same(forward: Any) -> Any:
+    return forward
 
 
 class InlineForward(InstalledForward):
@@ -68,6 +81,8 @@ class InlineForward(InstalledForward):
         if isinstance(given, FakeTensor):
             return torch.empty_like(given).requires_grad_(torch.is_grad_enabled())
         result = self.run(*args, **kwargs)
+        if self.run is self.original:
+            return result
         like = isinstance(result, Tensor) and given is not None and _type(result) == _type(given)
         if self.keeps_type and not like:
             raise CaptureError(
@@ -83,27 +98,34 @@ def _type(x: Tensor) -> tuple[Any, ...]:
     return x.shape, x.dtype, x.device
 
 
+def _own_error(original: Callable[..., Any], args: Any, kwargs: Any) -> Exception | None:
+    """What the model itself raises on a call that Dynamo could not capture: a wrong shape or type, most often."""
+    try:
+        original(*args, **kwargs)
+    except Exception as error:
+        return error
+    return None
+
+
 @dataclass
 class Installation:
     """The replaced forwards of one model."""
 
     session: Session
-    replaced: dict[str, tuple[nn.Module, Any]] = field(default_factory=dict)
+    replaced: dict[str, InstalledForward] = field(default_factory=dict)
 
     def install(self, site: Site) -> None:
-        """Replace the forward of one module; what an earlier instance attribute held is kept for :meth:`remove`."""
+        """Replace the forward of one module."""
         original = site.module.forward
         run = self._runner(site, original)
-        self.replaced[site.path] = (site.module, site.module.__dict__.get("forward"))
         kind = InlineForward if site.role == "inline" else InstalledForward
         forward = kind(site.module, run, original)
         forward.captures = site.role != "opaque"
-        site.module.__dict__["forward"] = forward
+        self.replaced[site.path] = site.module.__dict__["forward"] = forward
 
     def inline_blocks_keep_type(self) -> bool:
         """Whether every inline block that ran returned a tensor like the one it was given."""
-        forwards = [m.__dict__.get("forward") for m, _ in self.replaced.values()]
-        return all(f.keeps_type for f in forwards if isinstance(f, InlineForward))
+        return all(f.keeps_type for f in self.replaced.values() if isinstance(f, InlineForward))
 
     def _runner(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
         if site.role == "traced":
@@ -111,7 +133,7 @@ class Installation:
         return torch.compiler.disable(original) if site.role == "opaque" else self._region(site, original)
 
     def _descend(self, site: Site) -> None:
-        if all(module is not site.module for module, _ in self.replaced.values()):
+        if all(f.module is not site.module for f in self.replaced.values()):
             self.install(site)
 
     def _region(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
@@ -121,18 +143,18 @@ class Installation:
         def run(*args: Any, **kwargs: Any) -> Any:
             if layer is not None:
                 kwargs = narrow_caches(kwargs, layer)
-            with session.inside(path), dynamo_settings():
-                return widen_caches(compiled(*args, **kwargs))
+            try:
+                with session.inside(path), dynamo_settings():
+                    return widen_caches(compiled(*args, **kwargs))
+            except TorchDynamoException as error:
+                failure = error
+            raise _own_error(original, args, kwargs) or failure
 
         return run
 
     def remove(self, path: str) -> None:
         """Give one module its former forward back."""
-        module, previous = self.replaced.pop(path)
-        if previous is None:
-            module.__dict__.pop("forward", None)
-        else:
-            module.__dict__["forward"] = previous
+        self.replaced.pop(path).remove()
 
     def remove_all(self) -> None:
         """Give every module its former forward back, last installed first."""
@@ -142,13 +164,7 @@ class Installation:
     def drop_unused(self) -> None:
         """Give back the forwards in whose graphs nothing was rewritten: a guard check there buys nothing."""
         useful = {path for record in self.session.report.graphs if record.rewrites for path in record.region.paths}
-        regions = [p for p, (m, _) in self.replaced.items() if p not in useful and _installed_region(m)]
-        for path in regions:
+        for path in [p for p, f in self.replaced.items() if p not in useful and f.captures]:
             self.remove(path)
-        if not any(_installed_region(m) for m, _ in self.replaced.values()):
+        if not any(f.captures for f in self.replaced.values()):
             self.remove_all()
-
-
-def _installed_region(module: nn.Module) -> bool:
-    forward = module.__dict__.get("forward")
-    return isinstance(forward, InstalledForward) and forward.captures

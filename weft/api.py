@@ -12,6 +12,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from weft.kernels.dispatch import why_reference
 from weft.passes.defaults import default_passes
 from weft.rewrite.capture import Session
 from weft.rewrite.check import check_gradients, check_model
@@ -60,13 +61,14 @@ def optimize(
     if mode == "train":
         check_gradients(model)
     examples = check_examples(example_inputs) if example_inputs is not None else make_examples(root, mode)
-    chosen = list(default_passes(mode) if passes is None else passes)
+    chosen = _passes(passes, mode)
     started = time.perf_counter()
     try:
         installation = _capture(Installation(_session(model, mode, chosen, verify)), model, root, examples, mode)
     except Exception as error:
         raise (error if isinstance(error, WeftError) else _explain(error, model, examples, mode)) from error
     report = installation.session.report
+    report.notes += [note for device in {p.device for p in model.parameters()} if (note := why_reference(device))]
     rewriting = report.total_seconds
     report.total_seconds = time.perf_counter() - started
     report.capture_seconds = report.total_seconds - rewriting
@@ -122,7 +124,7 @@ def _run_plan(
             installation.install(site)
         if rest:
             _run_examples(model, examples, mode)
-    except Exception:
+    except BaseException:  # interrupted by hand, too
         installation.remove_all()
         raise
 
@@ -151,6 +153,17 @@ def _mode(model: nn.Module, mode: str | None) -> str:
     if mode not in ("train", "inference", None):
         raise OptionError(f'mode must be "train", "inference" or None, not {mode!r}')
     return mode or ("train" if model.training else "inference")
+
+
+def _passes(passes: Sequence[Pass] | None, mode: str) -> list[Pass]:
+    if passes is None:
+        return list(default_passes(mode))
+    wrong = passes if not isinstance(passes, Sequence) else [p for p in passes if not isinstance(p, Pass)]
+    if wrong != []:
+        raise OptionError(
+            f"passes takes a sequence of passes, not {wrong!r}: a rule becomes one by Rules(name, (rule,))"
+        )
+    return list(passes)
 
 
 def _check_options(precision: Any, calibration: Any, memory: Any, keep_weights: Any) -> None:
