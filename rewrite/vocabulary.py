@@ -51,6 +51,7 @@ layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-05, cudnn_enable=
 linear(x, weight, bias=None)                                                 |
 matmul(x, y)                                                                 | mm bmm __matmul__
 addmm(x, mat1, mat2, beta=1, alpha=1)                                        |
+grouped_mm(x, weight, offs=None, bias=None, out_dtype=None)                  | _grouped_mm transformers.grouped_mm_fallback
 einsum(equation, *operands)                                                  |
 t(x)                                                                         | numpy_T
 transpose(x, dim0, dim1)                                                     | swapaxes swapdims

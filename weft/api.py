@@ -14,16 +14,13 @@ from transformers import PreTrainedModel
 
 from weft.kernels.dispatch import why_reference
 from weft.passes.defaults import default_passes
-from weft.rewrite.capture import Session
 from weft.rewrite.check import check_gradients, check_model
 from weft.rewrite.errors import ExampleInputsError, InternalError, OptionError, UndoError, WeftError
 from weft.rewrite.examples import check_examples, make_examples
 from weft.rewrite.install import Installation
-from weft.rewrite.ladder import noting_calls, outside, unreached
 from weft.rewrite.pipeline import Pass
-from weft.rewrite.regions import Plan, Site, plan_sites
-from weft.rewrite.report import RewriteReport
 from weft.rewrite.state import preserved
+from weft.rewrite.whole import capture_model
 
 _installed: WeakKeyDictionary[nn.Module, Installation] = WeakKeyDictionary()
 
@@ -64,7 +61,8 @@ def optimize(
     chosen = _passes(passes, mode)
     started = time.perf_counter()
     try:
-        installation = _capture(Installation(_session(model, mode, chosen, verify)), model, root, examples, mode)
+        run = lambda: _run_examples(model, examples, mode)  # noqa: E731
+        installation = capture_model(model, root, chosen, run, mode, verify)
     except Exception as error:
         raise (error if isinstance(error, WeftError) else _explain(error, model, examples, mode)) from error
     report = installation.session.report
@@ -77,56 +75,6 @@ def optimize(
     for holder in {id(m): m for m in (model, root)}.values():
         holder.__dict__["rewrite_report"] = report
     return model
-
-
-def _session(model: nn.Module, mode: str, passes: list[Pass], verify: bool) -> Session:
-    report = RewriteReport(mode, parameters={n: p.numel() for n, p in model.named_parameters()})
-    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    return Session(passes, report, verify, names)
-
-
-def _capture(
-    installation: Installation, model: nn.Module, root: nn.Module, examples: Sequence[Mapping[str, Any]], mode: str
-) -> Installation:
-    """Install every region and run the examples; where Dynamo captured nothing of a module that ran, start over with
-    torch.fx there: a forward replaced inside a captured region would have it captured twice."""
-    prefix = next(path for path, module in model.named_modules() if module is root)
-    plan = plan_sites(root, prefix)
-    _run_plan(installation, plan, [], model, examples, mode)
-    missing = unreached(root, prefix, installation.session.reached)
-    if not missing:
-        return installation
-    installation.remove_all()
-    with noting_calls(missing) as called:
-        _run_examples(model, examples, mode)
-    session = installation.session
-    again = Installation(_session(model, mode, list(session.passes), session.verify))
-    _run_plan(again, plan, [s for s in missing if s.path in called], model, examples, mode)
-    return again
-
-
-def _run_plan(
-    installation: Installation,
-    plan: Plan,
-    traced: list[Site],
-    model: nn.Module,
-    examples: Sequence[Mapping[str, Any]],
-    mode: str,
-) -> None:
-    """Capture every region; on an error, no forward is left replaced."""
-    try:
-        for site in [*traced, *outside(plan.first, traced)]:
-            installation.install(site)
-        _run_examples(model, examples, mode)
-        rest = [plan.root] if plan.root and installation.inline_blocks_keep_type() else plan.instead
-        rest = outside(rest, traced)
-        for site in rest:
-            installation.install(site)
-        if rest:
-            _run_examples(model, examples, mode)
-    except BaseException:  # interrupted by hand, too
-        installation.remove_all()
-        raise
 
 
 def undo(model: nn.Module) -> nn.Module:

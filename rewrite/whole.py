@@ -1,0 +1,71 @@
+"""Captures a whole model: installs its regions, has it run on examples, and tries the next rung where nothing was captured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+
+from .capture import Session
+from .install import Installation
+from .ladder import noting_calls, outside, unreached
+from .pipeline import Pass
+from .regions import Plan, Site, plan_sites
+from .report import RewriteReport
+
+
+def capture_model(
+    model: nn.Module, root: nn.Module, passes: Sequence[Pass], run: Callable[[], None], mode: str, verify: bool = True
+) -> Installation:
+    """Replace the forwards of ``root``'s regions by captured and rewritten ones.
+
+    Where Dynamo captured nothing of a module that ran, capturing starts over with torch.fx there: a forward replaced inside a
+    captured region would have it captured twice.
+
+    Args:
+        model: what the user calls, whose parameter names the report uses.
+        root: ``model`` or the module inside it that is captured.
+        passes: run over each graph.
+        run: calls ``model`` on example inputs, without lasting effects. Called several times.
+        mode: as the report states it.
+        verify: replay every rewrite.
+
+    Raises:
+        Exception: what ``run`` raises; every forward has then been given back.
+    """
+    prefix = next(path for path, module in model.named_modules() if module is root)
+    plan = plan_sites(root, prefix)
+    installation = Installation(_session(model, passes, mode, verify))
+    _run_plan(installation, plan, [], run)
+    missing = unreached(root, prefix, installation.session.reached)
+    if not missing:
+        return installation
+    installation.remove_all()
+    with noting_calls(missing) as called:
+        run()
+    again = Installation(_session(model, passes, mode, verify))
+    _run_plan(again, plan, [s for s in missing if s.path in called], run)
+    return again
+
+
+def _session(model: nn.Module, passes: Sequence[Pass], mode: str, verify: bool) -> Session:
+    report = RewriteReport(mode, parameters={n: p.numel() for n, p in model.named_parameters()})
+    names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
+    return Session(list(passes), report, verify, names)
+
+
+def _run_plan(installation: Installation, plan: Plan, traced: list[Site], run: Callable[[], None]) -> None:
+    """Install and run; on an error, no forward is left replaced."""
+    try:
+        for site in [*traced, *outside(plan.first, traced)]:
+            installation.install(site)
+        run()
+        rest = [plan.root] if plan.root and installation.inline_blocks_keep_type() else plan.instead
+        rest = outside(rest, traced)
+        for site in rest:
+            installation.install(site)
+        if rest:
+            run()
+    except BaseException:  # interrupted by hand, too
+        installation.remove_all()
+        raise
