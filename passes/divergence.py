@@ -27,8 +27,13 @@ def logits_of(output: Any) -> Tensor:
     return found
 
 
-def divergence(before: Tensor, after: Tensor, mask: Tensor | None = None) -> tuple[float, int]:
-    """Sum over predictions of KL(before ‖ after), and how many there are.
+def predictions(logits: Tensor, mask: Tensor | None) -> int:
+    """How many predictions :func:`divergence` sums over."""
+    return logits[..., 0].numel() if mask is None else int((mask != 0).sum())
+
+
+def divergence(before: Tensor, after: Tensor, mask: Tensor | None = None) -> float:
+    """Sum over predictions of KL(before ‖ after), in nats.
 
     Args:
         before: logits (..., classes).
@@ -36,13 +41,13 @@ def divergence(before: Tensor, after: Tensor, mask: Tensor | None = None) -> tup
         mask: (...), nonzero where a prediction counts; None: everywhere.
     """
     before, after = (t.reshape(-1, t.shape[-1]) for t in (before, after))
-    kept = None if mask is None or mask.numel() != before.shape[0] else mask.reshape(-1) != 0
-    total, count = 0.0, before.shape[0] if kept is None else int(kept.sum())
+    kept = None if mask is None else mask.reshape(-1) != 0
+    total = 0.0
     for i in range(0, before.shape[0], ROWS):
         p, q = (t[i : i + ROWS].float().log_softmax(-1) for t in (before, after))
         rows = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
         total += float(rows.sum() if kept is None else rows[kept[i : i + ROWS]].sum())
-    return total, count
+    return total
 
 
 def mask_of(inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:

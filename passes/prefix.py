@@ -44,11 +44,14 @@ class Prefix:
 
         def keep(block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
-            self.calls.append((block, tree_map(_detached, result)))
+            self.calls.append((block, tree_map(_copied, result)))  # the model may write into what a block returned
             return result
 
         inside = {m for b in self.blocks for m in b.modules()}
-        note = lambda module, _: self.first_use.setdefault(module, len(self.calls))  # noqa: E731
+
+        def note(module: nn.Module, _: Any) -> None:
+            self.first_use.setdefault(module, len(self.calls))
+
         handles = [m.register_forward_pre_hook(note) for m in self.model.modules() if m not in inside]
         try:
             return self._run(keep)
@@ -102,12 +105,8 @@ class _Skip:
         return tree_map(_copied, result) if at == self.first - 1 else result
 
 
-def _detached(x: Any) -> Any:
-    return x.detach() if isinstance(x, Tensor) else x
-
-
 def _copied(x: Any) -> Any:
-    return x.clone() if isinstance(x, Tensor) else x
+    return x.detach().clone() if isinstance(x, Tensor) else x
 
 
 @contextmanager
