@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.gated_activation import gated_activation, gated_activation_packed
-from ..rewrite.graph import dtype_of, sizes, static_size
+from ..rewrite.graph import dtype_of, sizes, static_size, tensor_of
 from ..rewrite.match import Match
 from ..rewrite.pattern import part
 from ..rewrite.report import Refusal
@@ -46,6 +46,10 @@ class FuseGatedMlp(RewriteRule):
         if packed:
             gate, up = part(x, a, b, step), part(x, c, d, step)
         return ACTIVATIONS[activation](gate) * up
+
+    def accepts(self, m: Match) -> bool:
+        """Two tensors: an activation times a number is a capped logit, say."""
+        return m.packed or (tensor_of(m.gate) is not None and tensor_of(m.up) is not None)
 
     def check(self, m: Match) -> Refusal | None:
         """Two floating-point tensors of one shape; the two parts of a packed tensor are all of it."""

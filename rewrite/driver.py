@@ -130,7 +130,7 @@ def _matches(rule: RewriteRule, view: View, node: fx.Node, miss: Miss) -> Iterat
     target = view.of(node)
     if not isinstance(target, Expr) or target.op in ("cast", "leaf"):
         return
-    if any(view.of(i) is target for i in node.all_input_nodes):  # a copy or a reshape to the same shape
+    if _repeats(view, node, target):
         return
     for pattern in rule.patterns:
         if pattern.root.op != target.op:
@@ -143,6 +143,16 @@ def _matches(rule: RewriteRule, view: View, node: fx.Node, miss: Miss) -> Iterat
                 continue
             match.nodes = g.backward_slice(match.outputs, match.inputs())
             yield match
+
+
+def _repeats(view: View, node: fx.Node, target: Expr) -> bool:
+    """Whether ``node`` only hands on a value that it is given: a copy, a reshape to the same shape, a transpose undone."""
+    if any(view.of(i) is target for i in node.all_input_nodes):
+        return True
+    first = target.node
+    if first is None or first is node:
+        return False
+    return any(first in n.all_input_nodes for n in g.backward_slice([node], [first]))
 
 
 def _through_casts(node: fx.Node) -> fx.Node:

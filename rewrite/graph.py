@@ -124,8 +124,14 @@ def backward_slice(outputs: Iterable[fx.Node], stop: Iterable[fx.Node]) -> list[
         if node in found or node.op in ("placeholder", "output"):
             continue
         found.add(node)
-        pending.extend(n for n in node.all_input_nodes if n not in barrier)
+        read = node.all_input_nodes[:1] if _is_like(node) else node.all_input_nodes
+        pending.extend(n for n in read if n not in barrier)
     return sorted(found, key=_position)
+
+
+def _is_like(node: fx.Node) -> bool:
+    """Whether ``node`` takes its first input's values, and of another tensor the dtype or the shape alone."""
+    return node.op != "get_attr" and operation(node) in ("cast", "view_as", "expand_as")
 
 
 def _position(node: fx.Node) -> Any:

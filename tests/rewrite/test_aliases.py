@@ -1,0 +1,59 @@
+"""What only hands a value on is no place of its own; a tensor that is asked for its dtype alone is no input."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from weft.passes.gated_mlp import FuseGatedMlp
+from weft.passes.lora_linear import FuseLoraLinear
+from weft.passes.rms_norm import FuseRmsNorm
+
+from ..graphs import check, normal, record, targets
+
+
+def normed(x: Any) -> Any:
+    """x / rms(x)"""
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6)
+
+
+def test_a_transpose_undone_is_not_where_the_norm_stands() -> None:
+    def function(x: Any) -> Any:
+        return normed(x).transpose(1, 2).transpose(1, 2) * 2.0
+
+    module, _ = check(function, {"x": normal(0, 2, 3, 4)}, [FuseRmsNorm()], count=1)
+    assert targets(module) == ["rms_norm", "transpose", "transpose", "mul"]
+
+
+def test_equal_values_computed_twice_are_both_rewritten() -> None:
+    def function(x: Any, y: Any) -> Any:
+        first = normed(x)
+        y.add_(1.0)
+        return first, normed(x) + y
+
+    _, outcome = check(function, {"x": normal(0, 2, 3, 4), "y": normal(1, 4)}, [FuseRmsNorm()], count=2)
+    assert not outcome.refusals
+
+
+def test_what_gives_only_its_dtype_may_change_in_between() -> None:
+    """``like`` is made from a tensor that is written into; its values are not read."""
+
+    def function(x: Any, w: Any, a: Any, b: Any, y: Any) -> Any:
+        z = y * 1.0
+        record(operator.setitem, z, 0, 0.0)
+        like = torch.cat((z, y), -1)
+        xs = x.type_as(like)
+        return F.linear(xs, w) + 2.0 * F.linear(F.linear(xs, a), b), like
+
+    inputs = {"x": normal(0, 3, 4), "w": normal(1, 5, 4), "a": normal(2, 2, 4), "b": normal(3, 5, 2)}
+    inputs["y"] = normal(4, 3, 4)
+    module, outcome = check(function, inputs, [FuseLoraLinear()], count=1, terms=16)
+    assert targets(module).count("lora_linear") == 1 and not outcome.refusals
+
+
+def test_an_activation_times_a_number_is_no_gate() -> None:
+    _, outcome = check(lambda x: torch.tanh(x / 30.0) * 30.0, {"x": normal(0, 3, 4)}, [FuseGatedMlp()], count=0)
+    assert not outcome.refusals
