@@ -118,7 +118,9 @@ class View:
 
     def leaf(self, node: fx.Node) -> Expr:
         """A value whose computation is not looked into."""
-        return self.intern("?", (node.name,)) if self.pattern else self.intern("leaf", (node.name,), node)
+        if not self.pattern:
+            return self.intern("leaf", (node.name,), node)
+        return self.intern("?", (node.target if node.op == "placeholder" else node.name,))  # `input` is named input_1
 
     def _build(self, node: fx.Node) -> Expr:
         if node.op not in ("call_function", "call_method") or is_random(node):

@@ -38,7 +38,8 @@ def trace_patterns(function: Callable[..., Any], variants: Variants) -> tuple[Pa
     """Every variant of ``function``, largest first, so that the widest match is found first.
 
     Raises:
-        PatternError: a variant returns something other than expressions, or names a keyword the function lacks.
+        PatternError: a variant returns something other than expressions, or names a keyword the function lacks, or the
+            pattern draws random numbers.
     """
     names = list(inspect.signature(function).parameters)
     unknown = set(variants) - set(names)
@@ -66,6 +67,12 @@ def _trace(function: Callable[..., Any], wildcards: tuple[str, ...], variant: di
         raise PatternError(f"{function.__qualname__} with {variant} must return what it computes from its arguments")
     view = View(pattern=True)
     outputs = tuple(view.of(r.node) for r in results)
+    strange = {e.args[0] for o in outputs for e in o.walk() if e.op == "?"} - set(wildcards)
+    if strange:
+        raise PatternError(
+            f"{function.__qualname__}: {', '.join(sorted(strange))} cannot be part of a pattern (no value is told by what a "
+            "random operation drew): make it a parameter"
+        )
     return Pattern(variant, outputs, wildcards, sum(e.op != "?" for e in outputs[0].walk()))
 
 

@@ -1,0 +1,303 @@
+"""Every equation on random tensors: both spellings get one expression, and what an expression says is what its node computes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from torch import Tensor, fx
+
+from weft.rewrite import algebra
+from weft.rewrite.expr import Expr, View, strip_casts
+
+from ..graphs import cases, normal, trace
+from ..programs import function_of, inputs, programs
+
+SQUARES = (lambda x: (x * x).sum(-1, keepdim=True), lambda x: x.pow(2).mean(-1, keepdim=True))
+
+EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
+    "bias_added": [
+        (lambda x, w, b: F.linear(x, w) + b, lambda x, w, b: F.linear(x, w, b)),
+        (lambda x, w, b: b + x @ w.T, lambda x, w, b: F.linear(x, w, b)),
+    ],
+    "negative_addend": [
+        (lambda x, y: x + (-y), lambda x, y: x - y),
+        (lambda x, y: x - (-y), lambda x, y: x + y),
+        (lambda x, y: (-y) + x, lambda x, y: x - y),
+    ],
+    "scaled_addend": [
+        (lambda x, y: torch.add(x, y, alpha=3), lambda x, y: x + y * 3),
+        (lambda x, y: torch.sub(x, y, alpha=0.5), lambda x, y: x - y * 0.5),
+    ],
+    "joined_with_a_negative": [(lambda x, y: torch.cat((x, -y), -1), lambda x, y: -torch.cat((-x, y), -1))],
+    "reversed_subtraction": [
+        (lambda x, y: torch.rsub(x, y), lambda x, y: y - x),
+        (lambda x: 1 - x, lambda x: torch.rsub(x, 1)),
+    ],
+    "square_of_itself": [(lambda x: x * x, lambda x: x**2), (lambda x: x * x.double(), lambda x: torch.square(x))],
+    "root_of_a_mean": [(lambda x: (x * x).sum(-1, True).sqrt() * 6**-0.5, lambda x: (x * x).mean(-1, True).sqrt())],
+    "mean_of_a_sum": [(lambda x: (x * x).sum(-1, True) * (1 / 6), lambda x: (x * x).mean(-1, True))],
+    "division": [
+        (lambda x, y: x / y, lambda x, y: x * torch.reciprocal(y)),
+        (lambda x: x.sum(-1, True) / 6, lambda x: x.mean(-1, True)),
+        (lambda x: (x * x).sum(-1, True).sqrt() / 6**0.5, lambda x: (x * x).mean(-1, True).sqrt()),
+        (lambda x: 1 / x, lambda x: torch.reciprocal(x)),
+    ],
+    "reciprocal_of_a_root": [
+        (lambda x: 1 / (x * x).sqrt(), lambda x: torch.rsqrt(x * x)),
+        (lambda x: 1 / torch.rsqrt(x * x), lambda x: torch.sqrt(x * x)),
+        (lambda x, y: x / (1 / y), lambda x, y: x * y),
+    ],
+    "powers": [
+        (lambda x: x.pow(2), lambda x: torch.square(x)),
+        (lambda x: (x * x) ** 0.5, lambda x: (x * x).sqrt()),
+        (lambda x: torch.pow(x * x, -0.5), lambda x: (x * x).rsqrt()),
+        (lambda x: x**-1, lambda x: 1.0 / x),
+    ],
+    "one_dimension": [
+        (lambda x: torch.mean(x, dim=[2], keepdim=True), lambda x: x.mean(-1, True)),
+        (lambda x: x.sum(axis=2), lambda x: torch.sum(x, -1)),
+    ],
+    "variance": [
+        (lambda x: x.var(-1, unbiased=False, keepdim=True), lambda x: (x - x.mean(-1, True)).pow(2).mean(-1, True)),
+        (lambda x: torch.std(x, -1, correction=0, keepdim=True), lambda x: x.var(2, correction=0, keepdim=True).sqrt()),
+    ],
+    "euclidean_norm": [
+        (lambda x: x.norm(2, dim=-1, keepdim=True), lambda x: (x * x).sum(-1, True).sqrt()),
+        (lambda x: torch.linalg.vector_norm(x, dim=2, keepdim=True), lambda x: x.norm(dim=-1, keepdim=True)),
+    ],
+    "lower_bound": [(lambda x: torch.clamp(x, min=0.25), lambda x: x.clamp_min(0.25))],
+    "same_values": [(lambda x: x.clone().contiguous(), lambda x: x.contiguous())],
+    "transposed": [
+        (lambda w: w.t(), lambda w: w.transpose(0, 1)),
+        (lambda w: w.T, lambda w: w.mT),
+        (lambda w: w.T.t().T, lambda w: w.permute(1, 0)),
+        (lambda x: x.transpose(1, 2), lambda x: x.transpose(-1, -2)),
+    ],
+    "permuted": [(lambda w: w.permute(1, 0), lambda w: w.t())],
+    "reshaped": [
+        (lambda x: x.view(2, 3, 6), lambda x: x.contiguous()),
+        (lambda x, y: torch.stack((x, y), -1).flatten(-2), lambda x, y: torch.stack((x, y), 3).view(2, 3, 12)),
+    ],
+    "indexed": [
+        (lambda x: x[..., :3], lambda x: x.chunk(2, -1)[0]),
+        (lambda x: x[:, :, 3:], lambda x: x.split(3, 2)[1]),
+        (lambda x: x[..., 1::2], lambda x: x.view(2, 3, 3, 2)[..., 1]),
+        (lambda x: x[..., 2:5], lambda x: x.split([2, 3, 1], -1)[1]),
+        (lambda x: x.view(2, 3, 3, 2).unbind(-1)[0], lambda x: x[..., ::2]),
+    ],
+    "selected": [(lambda x: x.view(2, 3, 3, 2).select(-1, 0), lambda x: x[..., ::2])],
+    "narrowed": [(lambda x: x.narrow(-1, 2, 3), lambda x: x[..., 2:5])],
+    "joined": [(lambda x, y: torch.cat((x, y), 2), lambda x, y: torch.cat([x, y], dim=-1))],
+    "product_and_sum": [(lambda m, w, b: torch.addmm(b, m, w.T), lambda m, w, b: F.linear(m, w, b))],
+    "functional": [(lambda x: F.silu(x.clone(), inplace=False), lambda x: F.silu(x))],
+    "sigmoid_times_itself": [(lambda x: x * torch.sigmoid(x), lambda x: F.silu(x)), (lambda x: x.sigmoid() * x, F.silu)],
+    "matrix_product": [
+        (lambda x, w: x @ w.T, lambda x, w: F.linear(x, w)),
+        (lambda x, v: torch.matmul(x, v), lambda x, v: x @ v),
+    ],
+    "linear_on_rows": [
+        (lambda x, w: F.linear(x.view(-1, 6), w).view(2, 3, 4), lambda x, w: F.linear(x, w)),
+        (lambda x, v: (x.reshape(6, 6) @ v).reshape(2, 3, -1), lambda x, v: x @ v),
+    ],
+    "over_rows": [
+        (lambda x: F.log_softmax(x.view(-1, 6), -1), lambda x: F.log_softmax(x.flatten(0, 1), dim=-1)),
+    ],
+}  # fmt: skip
+"""By the name of the equation, two spellings of one value each."""
+
+ELSEWHERE = {
+    "interleaved_with_a_negative": "tests/passes/test_rope.py",
+    "pairs_as_complex": "test_pairs_as_complex_numbers_and_back",
+    "complex_as_pairs": "test_pairs_as_complex_numbers_and_back",
+    "product_inside_autograd_function": "tests/passes/test_quant_linear.py",
+    "packed_bytes": "tests/passes/test_quant_linear.py",
+}
+"""Where the other equations are tested."""
+
+INPUTS: dict[str, Tensor] = {
+    "x": normal(0, 2, 3, 6), "y": normal(1, 2, 3, 6), "w": normal(2, 4, 6), "v": normal(3, 6, 4), "b": normal(4, 4),
+    "m": normal(5, 3, 6),
+}  # fmt: skip
+NAMED = {name: value.double() for name, value in INPUTS.items()}
+
+
+class _Valued(fx.Interpreter):
+    """Keeps the real value of every node."""
+
+    def __init__(self, module: fx.GraphModule) -> None:
+        super().__init__(module)
+        self.values = dict[fx.Node, Any]()
+
+    def run_node(self, n: fx.Node) -> Any:
+        """As it is, and noted."""
+        self.values[n] = super().run_node(n)
+        return self.values[n]
+
+
+MEANINGS: dict[str, Callable[..., Any]] = {
+    "add": torch.add, "sub": torch.sub, "mul": torch.mul, "neg": torch.neg, "square": torch.square,
+    "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": lambda x: 1 / x, "clamp_min": torch.clamp_min,
+    "relu": torch.relu, "silu": F.silu, "maximum": torch.maximum, "linear": F.linear,
+    "transposed": lambda x: x.transpose(-1, -2),
+    "mean": lambda x, dim=None, keepdim=False, *_: x.mean() if dim is None else x.mean(dim, keepdim),
+    "sum": lambda x, dim=None, keepdim=False, *_: x.sum() if dim is None else x.sum(dim, keepdim),
+    "linear_columns": lambda x, w, b: x @ w if b is None else x @ w + b,
+    "part": lambda x, start, stop, step: x[..., start:stop:step],
+    "interleave": lambda a, b: torch.stack((a, b), -1).flatten(-2),
+    "as_complex": lambda x: torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()),
+    "from_complex": lambda z: torch.view_as_real(z).flatten(-2),
+    "cat": torch.cat, "stack": torch.stack,
+    "rows": lambda x: x.flatten(0, -2),
+    "cast": lambda x, dtype: x.to(dtype),
+    "log_softmax": lambda x, dim, *_: torch.log_softmax(x, dim),
+}  # fmt: skip
+"""What canonical operations stand for."""
+
+
+def meaning(expr: Any, values: dict[fx.Node, Any]) -> Any:
+    """What ``expr`` says, computed anew down to the graph's inputs where its operations are known."""
+    if isinstance(expr, tuple | list):
+        return type(expr)(meaning(e, values) for e in expr)
+    if not isinstance(expr, Expr):
+        return expr
+    if expr.op in MEANINGS:
+        return MEANINGS[expr.op](*(meaning(a, values) for a in expr.args))
+    assert expr.node is not None
+    return values[expr.node]
+
+
+def assert_sound(module: fx.GraphModule, arguments: list[Tensor]) -> None:
+    """The expression of every node means what the node computes."""
+    run, view = _Valued(module), View()
+    run.run(*arguments)
+    for node in module.graph.nodes:
+        expr, value = view.of(node), run.values.get(node)
+        if node.op == "output" or not isinstance(value, Tensor) or not isinstance(expr, Expr):
+            continue
+        found = meaning(expr, run.values)
+        assert found.shape == value.shape, f"{node.format_node()} is seen as {expr}"
+        torch.testing.assert_close(
+            found.to(value.dtype), value, rtol=1e-9, atol=1e-9, msg=lambda t, n=node: f"{n}: {t}"
+        )
+
+
+def _arguments(*functions: Callable[..., Any]) -> dict[str, Tensor]:
+    names = dict.fromkeys(n for f in functions for n in f.__code__.co_varnames[: f.__code__.co_argcount])
+    return {name: NAMED[name] for name in names} if names.keys() <= NAMED.keys() else {"x": NAMED["x"]}
+
+
+def both(left: Callable[..., Any], right: Callable[..., Any]) -> tuple[fx.GraphModule, dict[str, Tensor]]:
+    """One graph that computes both spellings of the same inputs."""
+    left, right = (
+        f if hasattr(f, "__code__") and f.__module__ == __name__ else (lambda x, f=f: f(x)) for f in (left, right)
+    )
+    given = _arguments(left, right)
+
+    def run(*values: Any) -> Any:
+        named = dict(zip(given, values, strict=True))
+        return tuple(f(**{n: named[n] for n in _arguments(f)}) for f in (left, right))
+
+    source = f"lambda {', '.join(given)}: run({', '.join(given)})"
+    return trace(eval(source, {"run": run}), given), given
+
+
+def pairs() -> Iterator[Any]:
+    """Every equation with each of its cases."""
+    for name, cases_of in EQUAL.items():
+        for i, (left, right) in enumerate(cases_of):
+            yield pytest.param(name, left, right, id=f"{name}-{i}")
+
+
+@pytest.mark.parametrize(("name", "left", "right"), pairs())
+def test_two_spellings_are_one_expression(
+    name: str, left: Callable[..., Any], right: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fired = set[str]()
+
+    def noting(equation: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            found = equation(*args)
+            fired.update([equation.__name__] if found is not None else [])
+            return found
+
+        return run
+
+    monkeypatch.setattr(algebra, "EQUATIONS", {op: [noting(e) for e in es] for op, es in algebra.EQUATIONS.items()})
+    module, given = both(left, right)
+    view, (a, b) = View(), next(n for n in module.graph.nodes if n.op == "output").args[0]
+    seen = [strip_casts(view.of(n), only_widening=False) for n in (a, b)]
+    assert seen[0] is seen[1], f"{seen[0]}\n{seen[1]}"
+    assert name in fired
+    torch.testing.assert_close(*module(*given.values()))
+    assert_sound(module, list(given.values()))
+
+
+def test_every_equation_has_a_case() -> None:
+    names = {e.__name__ for equations in algebra.EQUATIONS.values() for e in equations}
+    assert names == EQUAL.keys() | ELSEWHERE.keys()
+
+
+def test_pairs_as_complex_numbers_and_back() -> None:
+    def turned(x: Any, y: Any) -> Any:
+        z = torch.view_as_complex(x.reshape(2, 3, 3, 2)) * torch.view_as_complex(y.view(2, 3, -1, 2))
+        return torch.view_as_real(z).flatten(-2)
+
+    given = {"x": NAMED["x"], "y": NAMED["y"]}
+    module = trace(turned, given)
+    last = next(n for n in module.graph.nodes if n.op == "output").args[0]
+    expr = View().of(last)
+    assert expr.op == "from_complex" and expr.args[0].op == "mul"
+    assert [a.op for a in expr.args[0].args] == ["as_complex", "as_complex"]
+    assert_sound(module, list(given.values()))
+
+
+NEAR: dict[str, Callable[..., Any]] = {
+    "a bias for each row": lambda m, w: F.linear(m, w) + m[:, :1],
+    "a scaled bias": lambda m, w, b: torch.add(F.linear(m, w), b, alpha=2),
+    "a bias of another size": lambda m, w: F.linear(m, w[:1]) + w[:, 0],
+    "a scaled product and sum": lambda m, w, b: torch.addmm(b, m, w.T, beta=2, alpha=0.5),
+    "a sum over another count": lambda x: x.sum(-1, True) / 5,
+    "a sum over two dimensions": lambda x: x.sum((1, 2), True) / 6,
+    "a sum over another dimension": lambda x: x.sum(1, True) * (1 / 6),
+    "rounded division": lambda x, y: torch.div(x, y, rounding_mode="floor"),
+    "one divided by a number": lambda x: x * 0 + 1 / 3,
+    "unbiased variance": lambda x: x.var(-1, keepdim=True) + x.std(-1, correction=1, keepdim=True),
+    "variance without the dimension": lambda x: x.var(-1, correction=0),
+    "another norm": lambda x: x.norm(1, dim=-1, keepdim=True) + x.norm(),
+    "clamped on both sides": lambda x: x.clamp(-0.5, 0.5) + x.clamp(max=0.1),
+    "other powers": lambda x: x**3 + 2.0**x + x.pow(0),
+    "a transpose of leading dimensions": lambda x: x.transpose(0, 1).transpose(0, 2),
+    "a permutation": lambda x: x.permute(1, 0, 2) @ x.permute(1, 2, 0),
+    "parts of leading dimensions": lambda x: x[:1] + x[1:] * x[:, 1:2] + x[0],
+    "chunks of another dimension": lambda x: x.chunk(3, 1)[2] - x.split(1, 1)[0],
+    "uneven chunks": lambda x: x.chunk(4, -1)[2] + x.split(4, -1)[1],
+    "from the end": lambda x: x[..., -3:-1] + x[..., -100:2] + x[..., 4:100],
+    "no pairs": lambda x: x.view(2, 3, 2, 3)[..., 1] * x.view(6, 2, 3).select(-1, 0).view(2, 3, 2),
+    "a narrowed leading dimension": lambda x: x.narrow(1, 1, 2)[:1] + x.narrow(0, 0, 1)[:, :2],
+    "a stack in front": lambda x, y: torch.stack((x, y), 0).flatten(0, 1) + torch.stack((x, y, x, y), -1).view(4, 3, 12)[..., :6],
+    "matrices of matrices": lambda x, y: x @ y.transpose(1, 2) + torch.bmm(x, y.mT),
+    "a vector": lambda m, b, v: m @ v @ b + (b @ v.T).sum(),
+    "rows put back otherwise": lambda x, w: F.linear(x.view(-1, 6), w).view(3, 2, 4),
+    "not itself": lambda x, y: x * torch.sigmoid(y) + x * y,
+    "an integer index": lambda x: x[..., 2] + x[0, 1, 2],
+    "an added dimension": lambda x: x[..., None].sum() + x[None],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NEAR)
+def test_what_no_equation_may_change(name: str) -> None:
+    given = _arguments(NEAR[name])
+    assert_sound(trace(NEAR[name], given), list(given.values()))
+
+
+@cases
+@given(program=programs)
+def test_expressions_of_random_programs(program: dict[str, Any]) -> None:
+    """Views, writes in place and equal operations around them: no value is taken for another."""
+    module = trace(function_of({**program, "steps": [s for s in program["steps"] if s[0] != "write"]}), inputs())
+    assert_sound(module, list(inputs().values()))
