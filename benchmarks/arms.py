@@ -117,11 +117,12 @@ def _peft(setting: Setting) -> Any:
         _apply_liger(setting)
     model = _load(setting) if setting.loads else random_model(setting)
     options = {"use_reentrant": False}
-    if setting.nf4:
+    if setting.nf4 and setting.base != "weft":  # casts embeddings and head to float32; TRL does without, and so does weft
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=setting.checkpointing, gradient_checkpointing_kwargs=options
         )
-    elif setting.checkpointing:
+        return get_peft_model(model, LoraConfig(**_lora()))
+    if setting.checkpointing:
         model.gradient_checkpointing_enable(options)
         model.enable_input_require_grads()
     return get_peft_model(model, LoraConfig(**_lora()))
