@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -66,15 +66,8 @@ def _train(model: Any, optimizer: Any, setting: Setting) -> dict[str, Any]:
             _reset_peak()
         _wait()
         started = time.perf_counter()
-        with _autocast():
-            output = model(input_ids=ids, labels=ids)
-        output.loss.backward()
-        if i == 0:
-            found["gradient_norm"] = gradient_norm(model)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(float(output.loss.detach()))
-        del output
+        loss = train_step(model, optimizer, ids, lambda: found.setdefault("gradient_norm", gradient_norm(model)))
+        losses.append(float(loss))
         _wait()
         seconds.append(time.perf_counter() - started)
     timed = seconds[setting.warmup :]
@@ -84,6 +77,17 @@ def _train(model: Any, optimizer: Any, setting: Setting) -> dict[str, Any]:
         "tokens_per_s": round(setting.batch * setting.length / step), "peak_gib": _gib("max_memory_allocated"),
         "losses": losses,
     }  # fmt: skip
+
+
+def train_step(model: Any, optimizer: Any, ids: Any, inspect: Callable[[], Any] = lambda: None) -> torch.Tensor:
+    """One step on ``ids``; ``inspect`` is called when the gradients are there. Returns the loss."""
+    with _autocast():
+        output = model(input_ids=ids, labels=ids)
+    output.loss.backward()
+    inspect()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return output.loss.detach()
 
 
 def _batches(vocab: int, setting: Setting) -> Iterator[Any]:
