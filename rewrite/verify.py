@@ -14,14 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_map
 
 from . import graph as g
 from .driver import Change
+from .exact import Float64, upcast
 from .vocabulary import operation, target_name
 
 LONGEST = 64
 """Symbolic sizes are replayed at what they were while tracing, or at this if they were larger."""
+MOST_DERIVED = 32
+"""An input that takes more operations than this to compute is drawn."""
 
 
 @dataclass
@@ -34,19 +36,18 @@ class Replayer:
     def __call__(self, module: fx.GraphModule, change: Change) -> tuple[float | None, str | None]:
         """The error as a share of what is allowed, and the reason for rejection if it exceeds 1."""
         boundary = _boundary(change)
-        key = _signature(change, boundary)
+        derived = _derived(change, boundary)
+        key = _signature(change, boundary, derived)
         if key not in self.seen:
             with saved_tensors_hooks(
                 _same, _same
             ):  # a checkpoint around the captured call must not save or replay this
-                self.seen[key] = self._replay(module, change, boundary)
+                self.seen[key] = self._replay(module, change, boundary, derived)
         return self.seen[key]
 
     def _replay(
-        self, module: fx.GraphModule, change: Change, boundary: list[fx.Node]
+        self, module: fx.GraphModule, change: Change, boundary: list[fx.Node], derived: list[fx.Node]
     ) -> tuple[float | None, str | None]:
-        derived = [n for n in boundary if _is_derived(n, boundary)]  # drawn apart, the two would not fit each other
-        derived.sort(key=lambda n: n._sort_key)
         boundary = [n for n in boundary if n not in derived]
         outputs = [pair for pair in zip(change.old_outputs, change.new_outputs, strict=True) if _is_read(pair[1])]
         old = g.copy_nodes([*derived, *change.old], boundary, [o for o, _ in outputs], module)
@@ -54,7 +55,7 @@ class Replayer:
         generator = torch.Generator().manual_seed(0)
         inputs = [self.example(n, generator) for n in boundary]
         tracked = any(g.requires_grad(o) for o in change.old_outputs)
-        exact = _run(_Float64(old).run, [_upcast(i) for i in inputs], tracked)
+        exact = _run(Float64(old).run, [upcast(i) for i in inputs], tracked)
         eager = _run(old, inputs, tracked)
         ours = _run(new, inputs, tracked)
         worst = 0.0
@@ -124,19 +125,36 @@ def _boundary(change: Change) -> list[fx.Node]:
     return list(dict.fromkeys([*change.inputs, *outside]))
 
 
-def _is_derived(node: fx.Node, boundary: list[fx.Node]) -> bool:
-    """Whether ``node`` is an input that is the cast, or the negative, of another."""
+def _derived(change: Change, boundary: list[fx.Node]) -> list[fx.Node]:
+    """What computes those inputs that others settle, in order: drawn apart, the two would not fit each other."""
+    found = [n for n in boundary if _is_cast_or_negative(n, boundary)]
+    beside = [n for n in boundary if n not in change.inputs and g.tensor_of(n) is not None]
+    for node in change.inputs if beside else ():  # old nodes compute an input a second time, from what stands beside it
+        found += _computation(node, beside)
+    return sorted(dict.fromkeys(found), key=lambda n: n._sort_key)
+
+
+def _is_cast_or_negative(node: fx.Node, boundary: list[fx.Node]) -> bool:
     return node.op.startswith("call") and operation(node) in ("cast", "neg") and node.args[0] in boundary
 
 
-def _signature(change: Change, boundary: list[fx.Node]) -> Any:
+def _computation(node: fx.Node, given: list[fx.Node]) -> list[fx.Node]:
+    """The nodes that compute ``node`` from ``given`` alone; none where more is needed."""
+    needed = g.backward_slice([node], given)
+    known = {*needed, *given}
+    closed = all(g.is_pure(n) and known.issuperset(n.all_input_nodes) for n in needed)
+    return needed if closed and len(needed) <= MOST_DERIVED else []
+
+
+def _signature(change: Change, boundary: list[fx.Node], derived: list[fx.Node]) -> Any:
     """Equal for changes that compute the same thing on inputs of the same types."""
-    index = {n: i for i, n in enumerate([*boundary, *change.old, *change.new])}
+    computed = [*derived, *change.old, *change.new]
+    index = {n: i for i, n in enumerate([*boundary, *computed])}
 
     def describe(argument: Any) -> Any:
         return repr(g.map_nodes(argument, lambda n: f"%{index[n]}"))
 
-    nodes = tuple((n.op, target_name(n.target), describe((n.args, n.kwargs))) for n in (*change.old, *change.new))
+    nodes = tuple((n.op, target_name(n.target), describe((n.args, n.kwargs))) for n in computed)
     types = tuple(_type(g.value(n)) for n in boundary)
     modes = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda"))
     return change.rule, nodes, types, modes, tuple(g.requires_grad(o) for o in change.old_outputs)
@@ -191,55 +209,3 @@ def _share(truth: Tensor, peer: Tensor, got: Tensor) -> float:
     error = size((got.double() - exact).masked_fill(~finite, 0))
     allowed = 2 * own + torch.finfo(got.dtype).eps * max(size(exact), torch.finfo(got.dtype).tiny)
     return error / allowed
-
-
-def _upcast(x: Any) -> Any:
-    if isinstance(x, Tensor) and x.is_floating_point():
-        return x.detach().double().requires_grad_(x.requires_grad)
-    if isinstance(x, Tensor) and x.is_complex():
-        return x.detach().to(torch.complex128).requires_grad_(x.requires_grad)
-    return x
-
-
-_NARROW = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}
-_DOUBLE_METHODS = {"float": "double", "half": "double", "bfloat16": "double"}
-
-
-class _Float64(fx.Interpreter):
-    """Runs a graph with every floating-point conversion turned into one to float64."""
-
-    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """As captured, but for what knows no float64: products with packed weights, and autograd functions around them."""
-        name = target_name(target)
-        if name == "autograd_function_apply":
-            return _Float64(args[0]).run(*args[2:])[0]
-        if name == "_set_grad_enabled":  # inside an autograd function, whose gradient is here that of its forward
-            return None
-        if name == "gemm_4bit":
-            return _product_4bit(*args, **kwargs)
-        args, kwargs = tree_map(_widen_dtype, (args, kwargs))
-        return super().call_function(target, args, kwargs)
-
-    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
-        """Methods that convert to a narrower type convert to float64."""
-        args, kwargs = tree_map(_widen_dtype, (args, kwargs))
-        return super().call_method(_DOUBLE_METHODS.get(str(target), str(target)), args, kwargs)
-
-
-def _product_4bit(
-    x: Tensor, packed: Tensor, shape: Any, absmax: Tensor, block_size: int, quant_type: str, bias: Tensor | None = None,
-    absmax_8bit: Tensor | None = None, absmax_code: Tensor | None = None, absmax_offset: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """x · dequantize(W)ᵀ + b in float64; the storage is exact in float32."""
-    ops = torch.ops.bitsandbytes
-    absmax = absmax.float()
-    if absmax_8bit is not None:
-        assert absmax_code is not None and absmax_offset is not None
-        nested = ops.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code.float(), 256, torch.float32)
-        absmax = nested + absmax_offset.float()
-    weight = ops.dequantize_4bit.default(packed, absmax, block_size, quant_type, tuple(shape), torch.float32)
-    return torch.nn.functional.linear(x, weight.double(), bias)
-
-
-def _widen_dtype(x: Any) -> Any:
-    return _NARROW.get(x, x) if isinstance(x, torch.dtype) else x

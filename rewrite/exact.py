@@ -1,0 +1,64 @@
+"""Graphs in float64: what a replay takes for the truth."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.utils._pytree import tree_map
+
+from .vocabulary import target_name
+
+
+def upcast(x: Any) -> Any:
+    """A tensor of numbers as one of float64 or complex128, tracked where it was; anything else as it is."""
+    if isinstance(x, Tensor) and x.is_floating_point():
+        return x.detach().double().requires_grad_(x.requires_grad)
+    if isinstance(x, Tensor) and x.is_complex():
+        return x.detach().to(torch.complex128).requires_grad_(x.requires_grad)
+    return x
+
+
+_NARROW = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}
+_DOUBLE_METHODS = {"float": "double", "half": "double", "bfloat16": "double"}
+
+
+class Float64(fx.Interpreter):
+    """Runs a graph with every floating-point conversion turned into one to float64."""
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """As captured, but for what knows no float64: products with packed weights, and autograd functions around them."""
+        name = target_name(target)
+        if name == "autograd_function_apply":
+            return Float64(args[0]).run(*args[2:])[0]
+        if name == "_set_grad_enabled":  # inside an autograd function, whose gradient is here that of its forward
+            return None
+        if name == "gemm_4bit":
+            return _product_4bit(*args, **kwargs)
+        args, kwargs = tree_map(_widen_dtype, (args, kwargs))
+        return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
+        """Methods that convert to a narrower type convert to float64."""
+        args, kwargs = tree_map(_widen_dtype, (args, kwargs))
+        return super().call_method(_DOUBLE_METHODS.get(str(target), str(target)), args, kwargs)
+
+
+def _product_4bit(
+    x: Tensor, packed: Tensor, shape: Any, absmax: Tensor, block_size: int, quant_type: str, bias: Tensor | None = None,
+    absmax_8bit: Tensor | None = None, absmax_code: Tensor | None = None, absmax_offset: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """x · dequantize(W)ᵀ + b in float64; the storage is exact in float32."""
+    ops = torch.ops.bitsandbytes
+    absmax = absmax.float()
+    if absmax_8bit is not None:
+        assert absmax_code is not None and absmax_offset is not None
+        nested = ops.dequantize_blockwise.default(absmax_8bit, absmax, absmax_code.float(), 256, torch.float32)
+        absmax = nested + absmax_offset.float()
+    weight = ops.dequantize_4bit.default(packed, absmax, block_size, quant_type, tuple(shape), torch.float32)
+    return torch.nn.functional.linear(x, weight.double(), bias)
+
+
+def _widen_dtype(x: Any) -> Any:
+    return _NARROW.get(x, x) if isinstance(x, torch.dtype) else x
