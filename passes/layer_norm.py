@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.layer_norm import layer_norm
-from ..rewrite.graph import dtype_of, sizes, static_size
+from ..rewrite.graph import dtype_of, sizes, traced_size
 from ..rewrite.match import Match
 from ..rewrite.report import Refusal
 from ..rewrite.rule import RewriteRule, call
@@ -33,12 +33,13 @@ class FuseLayerNorm(RewriteRule):
         return y + b if bias else y
 
     def check(self, m: Match) -> Refusal | None:
-        """One weight and bias per feature, a constant eps, the last dimension alone."""
-        size = static_size(m.x)
-        if not (dtype_of(m.x) or torch.int).is_floating_point:
-            return self.refuse(m, "the input is not floating point")
-        if size is None and (m.form == "library" or m.w is not None or m.b is not None):
-            return self.refuse(m, "the normalized dimension has no fixed size")
+        """One weight and bias per feature, a constant eps, the last dimension alone.
+
+        A size that is a symbol is what the weight or the shape written out makes it: no other would run.
+        """
+        size = traced_size(m.x)
+        if size is None or not (dtype_of(m.x) or torch.int).is_floating_point:
+            return self.refuse(m, "the input has no dimension, or is not floating point")
         for name in ("w", "b"):
             bound = getattr(m, name)
             if bound is not None and sizes(bound) != (size,):

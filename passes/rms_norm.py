@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from ..kernels.rms_norm import rms_norm
-from ..rewrite.graph import dtype_of, sizes, static_size
+from ..rewrite.graph import dtype_of, fixed_size, sizes, traced_size
 from ..rewrite.match import Match
 from ..rewrite.report import Refusal
 from ..rewrite.rule import RewriteRule, call
@@ -50,21 +50,20 @@ class FuseRmsNorm(RewriteRule):
         return x * r if weight == "none" else ORDERS[order](x, r, WEIGHTS[weight](w))
 
     def check(self, m: Match) -> Refusal | None:
-        """One weight per feature, a constant eps, and a mean over the whole last dimension."""
-        size = static_size(m.x)
-        if not (dtype_of(m.x) or torch.int).is_floating_point:
-            return self.refuse(m, "the input is not floating point")
-        if size is None and (m.w is not None or m.form in ("library", "normalize")):
-            return self.refuse(m, "the normalized dimension has no fixed size")
+        """One weight per feature, a constant eps, and a mean over the whole last dimension.
+
+        A size that is a symbol is what the weight or the shape written out makes it: no other would run.
+        """
+        size = traced_size(m.x)
+        if size is None or not (dtype_of(m.x) or torch.int).is_floating_point:
+            return self.refuse(m, "the input has no dimension, or is not floating point")
         if m.w is not None and sizes(m.w) != (size,):
             return self.refuse(m, f"the weight has shape {list(sizes(m.w))}, not one number per feature")
         if m.form != "none" and not isinstance(m.eps, float | int | None):
             return self.refuse(m, "eps is computed by the graph, not a constant")
         if m.form == "library" and tuple(m.shape) != (size,):
             return self.refuse(m, "it normalizes over several dimensions")
-        if m.form == "normalize" and not (
-            size is not None and isinstance(m.scale, float | int) and math.isclose(m.scale, size**0.5, rel_tol=1e-6)
-        ):
+        if m.form == "normalize" and not _is_root(m.scale, fixed_size(m.x)):
             return self.refuse(m, "the factor after F.normalize is not the square root of the size")
         return None
 
@@ -73,6 +72,10 @@ class FuseRmsNorm(RewriteRule):
         mode, eps = _eps(m)
         offset = 1.0 if m.weight == "1 + w" else 0.0
         return call(rms_norm, x, w, eps, offset=offset, eps_mode=mode, dtype=dtype_of(m.root))
+
+
+def _is_root(scale: Any, size: int | None) -> bool:
+    return isinstance(scale, float | int) and size is not None and math.isclose(scale, size**0.5, rel_tol=1e-6)
 
 
 def _eps(m: Match) -> tuple[str, float]:

@@ -71,6 +71,12 @@ def static_size(node: Any, dim: int = -1) -> int | None:
     return shape[dim] if isinstance(shape[dim], int) else None
 
 
+def traced_size(node: Any, dim: int = -1) -> int | None:
+    """Size along ``dim`` as it was while tracing; other calls of the graph may have another, unless something forbids it."""
+    shape = sizes(node)
+    return hint(shape[dim]) if shape and -len(shape) <= dim < len(shape) else None
+
+
 def fixed_size(node: Any, dim: int = -1) -> int | None:
     """:func:`static_size`, where need be by fixing the one symbol in a size to what it was while tracing: the graph then
     serves no other, and Dynamo guards that."""
