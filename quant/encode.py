@@ -58,7 +58,8 @@ def nearly_nearest(blocks: Tensor, scales: Tensor) -> Tensor:
 
     By a table: 15 times faster on a CPU than :func:`encode`, and as good for comparing scales.
     """
-    cells = (blocks * (reciprocal(scales) * (_CELLS / 2)).unsqueeze(-1)).add_(_CELLS / 2).clamp_(0, _CELLS - 1)
+    # not one product with both factors: it overflows for the smallest scales
+    cells = (blocks * reciprocal(scales).unsqueeze(-1)).mul_(_CELLS / 2).add_(_CELLS / 2).clamp_(0, _CELLS - 1)
     table = _nearest(blocks.device)
     return table.index_select(0, cells.to(torch.int32).view(-1)).view(blocks.shape)
 

@@ -150,10 +150,12 @@ def _of_each_matrix(weight: Tensor, statistics: Calibration | None) -> list[Stat
 
 
 def _importance(each: list[Statistics | None]) -> Tensor | None:
+    """Mean squares, (matrices or 1, in_features), of each matrix divided by a power of two: float32 holds them."""
     known = [s.mean_square for s in each if s is not None]
     if not known:
         return None
-    return torch.stack([torch.ones_like(known[0]) if s is None else s.mean_square for s in each])
+    table = torch.stack([torch.ones_like(known[0]) if s is None else s.mean_square.to(known[0].device) for s in each])
+    return torch.ldexp(table, -torch.frexp(table.amax(1, keepdim=True)).exponent)
 
 
 def _with_feedback(
