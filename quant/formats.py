@@ -118,6 +118,8 @@ def _improved(weight: Tensor, stored: Stored, statistics: Calibration | None) ->
     size, start = stored.format.block_size, stored.tensors["absmax"]
     scales = _scales(stored)
     each = _of_each_matrix(weight, statistics)
+    if stored.format.feedback:
+        _check_feedback(weight, each, size)
     keys = search_weight(weight, _importance(each), scales, start, size)
     codes = encode_weight(weight, scales.of(keys), size)
     if stored.format.feedback:
@@ -158,23 +160,25 @@ def _importance(each: list[Statistics | None]) -> Tensor | None:
     return torch.ldexp(table, -torch.frexp(table.amax(1, keepdim=True)).exponent)
 
 
+def _check_feedback(weight: Tensor, each: list[Statistics | None], size: int) -> None:
+    if weight.shape[-1] % size:
+        raise QuantizationError(f"feedback needs in_features divisible by the block: {weight.shape[-1]} and {size}")
+    known = [s for s in each if s is not None]
+    if not known or not all(s.keeps_hessian for s in known):
+        raise QuantizationError("feedback needs statistics with a Hessian: Statistics(in_features, hessian=True)")
+
+
 def _with_feedback(
     weight: Tensor, codes: Tensor, keys: Tensor, scales: Scales, each: list[Statistics | None], size: int
 ) -> tuple[Tensor, Tensor]:
     """Codes and keys of all matrices, one after the other; of those without statistics as they are."""
     matrices = weight.unsqueeze(0) if weight.ndim == 2 else weight
-    if matrices.shape[-1] % size:
-        raise QuantizationError(f"feedback needs in_features divisible by the block: {matrices.shape[-1]} and {size}")
-    if all(s is None for s in each):
-        raise QuantizationError("feedback needs statistics of the input, with a Hessian")
     codes, keys = codes.view_as(matrices).clone(), keys.view(len(matrices), -1)
     per_matrix = keys.shape[1]
     for i, matrix in enumerate(matrices):
         s = each[i % len(each)]
-        if s is None:
+        if s is None or s.hessian is None:
             continue
-        if s.hessian is None:
-            raise QuantizationError("feedback needs a Hessian: Statistics(in_features, hessian=True)")
         blocks = scales[slice(i * per_matrix, (i + 1) * per_matrix)]
         codes[i], keys[i] = feedback_weight(matrix, s.hessian, blocks, keys[i], size)
     return codes, keys.view(-1)
