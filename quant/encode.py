@@ -53,6 +53,12 @@ def encode_scaled(scaled: Tensor) -> Tensor:
     return torch.bucketize(scaled.clamp(-1, 1), _midpoints(scaled.device), out_int32=True)
 
 
+def nearest_value(scaled: Tensor) -> Tensor:
+    """The nearest code's value of every value of a block that was divided by its scale."""
+    table = code_table("nf4", scaled.device)
+    return table.index_select(0, torch.bucketize(scaled, _midpoints(scaled.device), out_int32=True))
+
+
 def nearly_nearest(blocks: Tensor, scales: Tensor) -> Tensor:
     """The nearest code's value of every value, or, within 1/8192 of the middle between two, perhaps the other one.
 

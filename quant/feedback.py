@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .encode import as_blocks, decode, encode, encode_scaled, reciprocal
+from .encode import as_blocks, decode, encode, encode_scaled, nearest_value, reciprocal
 from .error_measures import energy
 from .errors import QuantizationError
 from .nf4_search import search
@@ -84,10 +84,11 @@ class _Rows:
     """Some rows of a weight, rounded from the first column to the last. ``work``: what is still to be rounded."""
 
     def __init__(self, weight: Tensor, spread: Tensor, scales: Scales, start: Tensor, size: int) -> None:
-        self.weight, self.spread, self.scales, self.start, self.size = weight, spread, scales, start, size
+        self.weight, self.scales, self.start, self.size = weight, scales, start, size
         self.per_row = weight.shape[1] // size
         self.work = weight.float().clone()
         self.importance = spread.diagonal().square().reciprocal()
+        self.spread = spread / spread.diagonal().unsqueeze(1)
         self.codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
         self.keys = start.clone()
 
@@ -105,27 +106,31 @@ class _Rows:
         return energy(self.weight.float() - stored.view_as(self.weight).float(), hessian)
 
     def _round_columns(self, first: int, last: int) -> None:
-        """Round some columns one by one; what they owe to the columns after ``last`` is paid at the end, in one product."""
-        spread = self.spread[first:last, first:last]
-        errors = torch.empty_like(self.work[:, first:last])
-        scale = inverse = self.work.new_empty(0)
-        for j in range(last - first):
-            if (first + j) % self.size == 0 or not j:
-                scale = self._scale_at(first + j)
-                inverse = reciprocal(scale)
-            column = self.work[:, first + j]
-            code = encode_scaled(column * inverse)
-            self.codes[:, first + j] = code
-            stored = decode(code[:, None], scale, self.weight.dtype)[:, 0]
-            torch.div(column - stored, spread[j, j], out=errors[:, j])
-            self.work[:, first + j + 1 : last].addr_(errors[:, j], spread[j, j + 1 :], alpha=-1)
-        self.work[:, last:].addmm_(errors, self.spread[first:last, last:], alpha=-1)
+        """Round some columns one by one; what they owe to the columns after ``last`` is paid at the end, in one product.
 
-    def _scale_at(self, column: int) -> Tensor:
+        They are turned into rows, contiguous ones: the loop is five small operations a column. A column stays as it was
+        when it was rounded, so that the codes of all can be read off at the end.
+        """
+        columns = self.work[:, first:last].T.contiguous()
+        errors, inverses = torch.empty_like(columns), torch.empty_like(columns)
+        owed = self.spread[first:last, first:last].neg()
+        step = min(self.size, last - first)
+        for start in range(0, last - first, step):
+            scale = self._scale_at(first + start, columns[start : start + step])
+            inverse = inverses[start : start + step] = reciprocal(scale)
+            for j in range(start, start + step):
+                value = nearest_value(columns[j] * inverse)
+                torch.addcmul(columns[j], value, scale, value=-1, out=errors[j])
+                columns[j + 1 :].addr_(owed[j, j + 1 :], errors[j])
+        self.codes[:, first:last] = encode_scaled(columns.mul_(inverses)).T
+        self.work[:, last:].addmm_(errors.T, self.spread[first:last, last:], alpha=-1)
+
+    def _scale_at(self, column: int, up_to_date: Tensor) -> Tensor:
         """The scales of all rows' block that ``column`` is in, searched if it is the first column of it."""
         blocks = slice(column // self.size, None, self.per_row)
         scales = self.scales[blocks]
         if column % self.size == 0:
-            values, h = self.work[:, column : column + self.size], self.importance[column : column + self.size]
-            self.keys[blocks] = search(values, h, scales, self.keys[blocks], self.weight.dtype)
+            values = up_to_date.T if self.size <= _COLUMNS else self.work[:, column : column + self.size]
+            h = self.importance[column : column + self.size]
+            self.keys[blocks] = search(values.contiguous(), h, scales, self.keys[blocks], self.weight.dtype)
         return scales.of(self.keys[blocks])
