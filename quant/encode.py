@@ -15,6 +15,7 @@ from .four_bit import code_table
 
 _SMALLEST = 1e-38  # below it bitsandbytes divides by this: a block of zeros stays finite
 _CELLS = 8192
+_VALUES_AT_ONCE = 2**24
 
 
 @cache
@@ -77,12 +78,16 @@ def decode(codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
 
 def encode_weight(weight: Tensor, scales: Tensor, size: int) -> Tensor:
     """The codes of a whole weight, uint8, flat: one scale a block, in row-major order; the last block may be cut."""
-    blocks = as_blocks(weight, size)
-    codes = encode(blocks, scales)
-    if weight.numel() % size and weight.device.type != "cuda":
+    flat, count = weight.reshape(-1), max(1, _VALUES_AT_ONCE // size)
+    parts = zip(flat.split(count * size), scales.split(count), strict=True)
+    codes = torch.cat([encode(as_blocks(v, size), s).to(torch.uint8).view(-1) for v, s in parts])[: flat.numel()]
+    cut = flat.numel() % size
+    if cut and weight.device.type != "cuda":
         # bitsandbytes divides a cut block by its scale there, where all others are multiplied with the reciprocal
-        codes[-1] = encode_scaled(blocks[-1] / torch.where(scales[-1].abs() < _SMALLEST, _SMALLEST, scales[-1]))
-    return codes.view(-1)[: weight.numel()].to(torch.uint8)
+        codes[-cut:] = encode_scaled(
+            flat[-cut:].float() / torch.where(scales[-1].abs() < _SMALLEST, _SMALLEST, scales[-1])
+        )
+    return codes
 
 
 def pack(codes: Tensor) -> Tensor:

@@ -20,10 +20,21 @@ from .nf4_search import search
 from .scales import Scales
 
 DAMPING = 0.01
-"""Added to the diagonal of H, as a part of its mean."""
+"""Added to the diagonal of H, as a part of its mean, however many tokens it comes from."""
+
+_DAMPING_BY_TOKENS = 0.1
 
 _COLUMNS = 128
-_ROWS_AT_ONCE = 2**27
+_VALUES_AT_ONCE = 2**26
+
+
+def damping_for(tokens: int, in_features: int) -> float:
+    """The damping for a matrix that comes from ``tokens`` tokens.
+
+    The fewer, the less of what goes together in them does so elsewhere: with a hundredth of the mean, and no more tokens
+    than channels, inputs that were not seen come out worse than with ten times that. Measured on held-out inputs.
+    """
+    return min(DAMPING + _DAMPING_BY_TOKENS * in_features / max(tokens, 1), 1.0)
 
 
 @torch.no_grad()
@@ -50,7 +61,7 @@ def feedback_weight(
     spread = inverse_factor(hessian, damping)
     per_row = in_features // size
     codes, keys = [], []
-    rows_at_once = max(1, _ROWS_AT_ONCE // in_features)
+    rows_at_once = max(1, _VALUES_AT_ONCE // in_features)
     for first in range(0, out_features, rows_at_once):
         part = slice(first, min(first + rows_at_once, out_features))
         blocks = slice(part.start * per_row, part.stop * per_row)

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from . import four_bit
 from .encode import encode_weight, pack
 from .errors import QuantizationError
-from .feedback import feedback_weight
+from .feedback import damping_for, feedback_weight
 from .nf4_search import search_weight
 from .scales import FreeScales, NestedScales, Scales
 from .statistics import Statistics
@@ -180,7 +180,8 @@ def _with_feedback(
         if s is None or s.hessian is None:
             continue
         blocks = scales[slice(i * per_matrix, (i + 1) * per_matrix)]
-        codes[i], keys[i] = feedback_weight(matrix, s.hessian, blocks, keys[i], size)
+        damping = damping_for(s.count, s.in_features)
+        codes[i], keys[i] = feedback_weight(matrix, s.hessian, blocks, keys[i], size, damping)
     return codes, keys.view(-1)
 
 

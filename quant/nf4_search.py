@@ -35,13 +35,14 @@ def search_weight(weight: Tensor, importance: Tensor | None, scales: Scales, sta
         start: the keys to improve on.
         size: of a block.
     """
-    blocks = as_blocks(weight, size)
+    flat = weight.reshape(-1)
     count = max(1, _AT_ONCE.get(weight.device.type, _AT_ONCE_ELSEWHERE) // size)
     keys = start.clone()
-    for first in range(0, len(blocks), count):
-        part = slice(first, min(first + count, len(blocks)))
+    for first in range(0, len(start), count):
+        part = slice(first, min(first + count, len(start)))
+        blocks = as_blocks(flat[part.start * size : part.stop * size], size)
         h = None if importance is None else _importance(weight, importance, part, size)
-        keys[part] = search(blocks[part], h, scales[part], start[part], weight.dtype)
+        keys[part] = search(blocks, h, scales[part], start[part], weight.dtype)
     return keys
 
 

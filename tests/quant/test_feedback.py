@@ -9,7 +9,7 @@ from torch import Tensor
 from weft.quant.encode import encode_weight, pack
 from weft.quant.error_measures import energy, output_error, weight_error
 from weft.quant.errors import QuantizationError
-from weft.quant.feedback import feedback_weight, inverse_factor
+from weft.quant.feedback import damping_for, feedback_weight, inverse_factor
 from weft.quant.formats import Format, dequantize, quantize
 from weft.quant.four_bit import block_scales
 from weft.quant.scales import FreeScales
@@ -122,6 +122,17 @@ def test_the_factor_is_that_of_the_inverse() -> None:
     damped = hessian.double() / hessian.double().diagonal().mean() + 0.05 * torch.eye(48)
     assert torch.equal(upper, upper.triu())
     assert torch.allclose(upper.T @ upper @ damped, torch.eye(48, dtype=torch.float64), atol=1e-3)
+
+
+@pytest.mark.parametrize("tokens", [64, 256, 2048])
+def test_few_tokens_are_not_taken_at_their_word(tokens: int) -> None:
+    """On other inputs from the same source, also those of fewer tokens than channels help."""
+    w = weight(64, 256, 7)
+    known, _ = correlated(256, 7, tokens)
+    _, held_out = correlated(256, 7, 4000)
+    _, searched, fed_back = (output_error(w, dequantize(quantize(w, f, known)), held_out) for f in formats(64))
+    assert fed_back < 0.75 * searched
+    assert 0.01 < damping_for(10**6, 256) < damping_for(tokens, 256) < damping_for(1, 256) == 1
 
 
 def test_channels_that_were_always_zero_are_rounded_as_they_are() -> None:

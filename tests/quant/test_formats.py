@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from typing import Any
 
 import bitsandbytes as bnb
@@ -10,7 +11,7 @@ import bitsandbytes.functional as B
 import pytest
 import torch
 from bitsandbytes.nn.parametrize import replace_parameter_4bit
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -91,8 +92,7 @@ def test_our_encoder_is_that_of_bitsandbytes(dtype: torch.dtype, data: st.DataOb
 def test_every_code_is_a_nearest_one(kind: Any, data: st.DataObject) -> None:
     """Against all 16 codes in float64: an oracle that knows nothing of bitsandbytes."""
     w = data.draw(weights(torch.float32))
-    if w.abs().max() < 1e-30:
-        return
+    assume(w.abs().max() > 1e-30)
     stored = quantize(w, Format("drawn", kind, data.draw(st.sampled_from(BLOCKS[:3])), double_quantized=False))
     size, scales = stored.format.block_size, block_scales(*stored.operands()).double()
     blocks = as_blocks(w, size).double()
@@ -246,11 +246,31 @@ def test_stacked_int8_has_no_module() -> None:
 @given(data=st.data())
 def test_storage_on_a_gpu_is_that_of_bitsandbytes(dtype: torch.dtype, data: st.DataObject) -> None:
     w, form = data.draw(weights(dtype)).cuda(), data.draw(four_bit_formats())
+    assume(w.abs().max() > 1e-30)  # its kernels make subnormal numbers zero
     packed, state = B.quantize_4bit(
         w, blocksize=form.block_size, compress_statistics=form.double_quantized, quant_type=form.kind
     )
     stored = quantize(w, form)
     assert torch.equal(stored.tensors["packed"], packed) and torch.equal(stored.tensors["absmax"], state.absmax)
     assert torch.equal(dequantize(stored), as_bitsandbytes_reads(packed, state))
-    if form.kind == "nf4" and not form.double_quantized:
-        assert torch.equal(pack(encode_weight(w, state.absmax, form.block_size)), packed)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@many
+@given(data=st.data())
+def test_our_encoder_on_a_gpu_is_that_of_bitsandbytes(dtype: torch.dtype, data: st.DataObject) -> None:
+    """But for ties within the last bits: its kernels divide approximately."""
+    w, size = data.draw(weights(dtype)).cuda(), data.draw(st.sampled_from(BLOCKS))
+    assume(w.abs().max() > 1e-30)
+    stored = quantize(w, Format("nf4", "nf4", size, double_quantized=False))
+    scales = block_scales(*stored.operands())
+    codes = pack(encode_weight(w, scales, size))
+    ours, theirs = (
+        as_blocks(dequantize(replace(stored, tensors=stored.tensors | {"packed": p}), torch.float32), size).double()
+        for p in (codes, stored.tensors["packed"])
+    )
+    blocks = as_blocks(w, size).double()
+    further = ((blocks - ours).abs() - (blocks - theirs).abs()).abs()
+    assert (further <= 1e-6 * scales[:, None]).all()
+    assert (ours != theirs).sum() <= 2
