@@ -156,17 +156,22 @@ def _core(rows: list[Row], base: list[int], price: float, gap: float) -> list[_S
         kept = np.flatnonzero((values + price * weights < gap) | (weights == 0))
         others = kept[kept != pick]
         if others.size:
-            distance = np.abs(values[others] / weights[others] + price).min()
+            distance = np.abs(_gains(values[others], weights[others]) - price).min()
             ranked.append((float(distance), index, _Stage(index, kept, weights[kept], values[kept])))
     stages = [stage for _, _, stage in sorted(ranked, key=lambda r: r[:2])]
     up, down = 0.0, math.inf
     for i in reversed(range(len(stages))):
-        stage = stages[i]
-        stages[i] = replace(stage, up=up, down=down)
-        heavier, lighter = stage.weights > 0, stage.weights < 0
-        up = max(up, *(-stage.values[heavier] / stage.weights[heavier]), 0.0)
-        down = min(down, *(-stage.values[lighter] / stage.weights[lighter]), math.inf)
+        stages[i] = replace(stages[i], up=up, down=down)
+        gains = _gains(stages[i].values, stages[i].weights)
+        up = max((up, *gains[stages[i].weights > 0]))
+        down = min((down, *gains[stages[i].weights < 0]))
     return stages
+
+
+def _gains(values: Floats, weights: Floats) -> Floats:
+    """Value saved a unit of weight, for changes to the base; finite, and of no meaning for no change."""
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        return np.clip(-values / weights, -_STEEPEST, _STEEPEST)
 
 
 def _search(

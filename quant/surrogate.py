@@ -22,7 +22,11 @@ from numpy.typing import NDArray
 from .knapsack import Group, Option
 
 Floats = NDArray[np.float64]
-_SPREAD, _COMMON, _NOISE, _FLOOR = 0.5, 1.0, 0.02, 0.1
+_SPREAD, _COMMON, _FLOOR = 0.5, 1.0, 0.1
+_NOISE, _RESOLUTION = 0.02, 1e-5
+"""How far a measurement may be off the linear model: a share of itself, and of the largest number in sight."""
+_NOTHING = 1e-12
+"""Costs below this share of a measured divergence explain nothing of it."""
 
 
 @dataclass(frozen=True)
@@ -43,13 +47,13 @@ def formats_of(groups: Sequence[Group], choice: Mapping[str, str]) -> tuple[str,
 
 
 def corrected(groups: Sequence[Group], measured: Sequence[Measured]) -> list[Group]:
-    """``groups`` with costs that fit ``measured``, none below zero; unchanged without measurements.
+    """``groups`` with costs that fit ``measured``, none below zero; unchanged without measurements, or if all are zero.
 
     Measurements that are infinite count for nothing here: no sum of costs explains them.
     """
     used = [m for m in measured if math.isfinite(m.kl)]
     prior = np.array([o.cost for g in groups for o in g.options])
-    if not used or not prior.any():
+    if not used or not prior.max(initial=0.0) > _NOTHING * max(m.kl for m in used):
         return list(groups)
     chosen = _incidence(groups, used)
     largest = [max(o.bytes for o in g.options) for g in groups]
@@ -67,10 +71,12 @@ def _incidence(groups: Sequence[Group], measured: Sequence[Measured]) -> Floats:
 
 
 def _posterior(prior: Floats, sure: NDArray[np.bool_], chosen: Floats, kl: Floats) -> Floats:
+    scale = max(prior.max(), kl.max())
+    prior, kl = prior / scale, kl / scale
     floor = _FLOOR * np.median(prior[prior > 0])
     own = np.where(sure, 0.0, (_SPREAD * (prior + floor)) ** 2)
     guess = chosen @ prior
     covariance = chosen * own + _COMMON**2 * np.outer(guess, prior)
-    noise = _NOISE * np.maximum(kl, guess) + 1e-6 * floor
+    noise = _NOISE * np.maximum(kl, guess) + _RESOLUTION
     gram = covariance @ chosen.T + np.diag(noise**2)
-    return prior + covariance.T @ np.linalg.solve(gram, kl - guess)
+    return scale * (prior + covariance.T @ np.linalg.solve(gram, kl - guess))
