@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import update_wrapper
@@ -107,12 +108,34 @@ def _own_error(original: Callable[..., Any], args: Any, kwargs: Any) -> Exceptio
     return None
 
 
+def _with_code_of_its_own(forward: Any, codes: list[tuple[types.CodeType, types.CodeType]]) -> Any:
+    """``forward`` with a copy of its code, the same one for all blocks of a class.
+
+    Dynamo keeps graphs by code object, and gives up a code object for good where one model of the class defeats it: models
+    that were optimized apart, or that somebody compiles, would get into each other's way.
+    """
+    function = getattr(forward, "__func__", None)
+    if not isinstance(function, types.FunctionType) or getattr(function, "_torchdynamo_disable", False):
+        return forward
+    code = next((own for known, own in codes if known is function.__code__), None)
+    if code is None:
+        code = function.__code__.replace()
+        codes.append((function.__code__, code))
+    copied = types.FunctionType(
+        code, function.__globals__, function.__name__, function.__defaults__, function.__closure__
+    )
+    copied.__kwdefaults__, copied.__qualname__ = function.__kwdefaults__, function.__qualname__
+    copied.__dict__.update(function.__dict__)
+    return types.MethodType(copied, forward.__self__)
+
+
 @dataclass
 class Installation:
     """The replaced forwards of one model."""
 
     session: Session
     replaced: dict[str, InstalledForward] = field(default_factory=dict)
+    codes: list[tuple[types.CodeType, types.CodeType]] = field(default_factory=list)
 
     def install(self, site: Site) -> None:
         """Replace the forward of one module."""
@@ -137,9 +160,11 @@ class Installation:
             self.install(site)
 
     def _region(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
-        compiled = torch.compile(original, backend=self.session.compiler, dynamic=True)
+        captured = _with_code_of_its_own(original, self.codes)
+        compiled = torch.compile(captured, backend=self.session.compiler, dynamic=True)
         session, path, layer = self.session, site.path, layer_number(site.module)
 
+        @torch.compiler.disable(recursive=False)  # called where Dynamo gave a frame up, it would be captured itself
         def run(*args: Any, **kwargs: Any) -> Any:
             if layer is not None:
                 kwargs = narrow_caches(kwargs, layer)
