@@ -37,14 +37,15 @@ class Prefix:
     first_use: dict[nn.Module, int] = field(default_factory=dict)
     """For every module outside the blocks that ran, how many blocks had been called by then."""
 
-    def record(self) -> Any:
-        """Run everything, remember, and return the output."""
+    def record(self, results: bool = True) -> Any:
+        """Run everything, remember which blocks were called (and what they returned, if ``results``); return the output."""
         self.calls.clear()
         self.first_use.clear()
 
         def keep(block: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
             result = forward(*args, **kwargs)
-            self.calls.append((block, tree_map(_copied, result)))  # the model may write into what a block returned
+            # a copy: the model may write into what a block returned
+            self.calls.append((block, tree_map(_copied, result) if results else None))
             return result
 
         inside = {m for b in self.blocks for m in b.modules()}
@@ -63,15 +64,16 @@ class Prefix:
         """The output where nothing changed that runs before the call of a block at ``position``."""
         return self._run(_Skip(self.calls, position))
 
-    def run_only(self, block: nn.Module) -> None:
-        """Run ``block`` as it is called, and stop behind its last call."""
+    def run_until(self, block: nn.Module) -> None:
+        """Run everything up to the last call of ``block``, and stop there."""
         last = max(i for i, (b, _) in enumerate(self.calls) if b is block)
-        skip = _Skip(self.calls, self.position(block))
+        count = 0
 
         def stop(current: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-            at = skip.count
-            result = skip(current, forward, args, kwargs)
-            if at == last:
+            nonlocal count
+            result = forward(*args, **kwargs)
+            count += 1
+            if count > last:
                 raise _Enough
             return result
 

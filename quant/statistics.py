@@ -81,6 +81,10 @@ class Statistics:
             self._hessian.lerp_(other._hessian.to(device), other.count / count)
         self.count = count
 
+    def forget_hessian(self) -> None:
+        """Free the matrix; the rest is kept."""
+        self._hessian, self.keeps_hessian = None, False
+
     @property
     def mean_square(self) -> Tensor:
         """Mean square of each channel, (in_features,), float64.

@@ -19,6 +19,14 @@ class OptionError(WeftError, ValueError):
     """An argument of a public function has a wrong type or value."""
 
 
+class CalibrationError(WeftError, ValueError):
+    """The calibration batches are empty, do not fit the model's forward, or make it predict NaN."""
+
+
+class PrecisionError(WeftError, ValueError):
+    """A weight, a plan or a budget that precision planning cannot work with."""
+
+
 class CaptureError(WeftError, RuntimeError):
     """A call broke an assumption that a captured graph rests on and that no guard checks."""
 

@@ -5,15 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
 
+from weft.applying import apply_plan
 from weft.kernels.dispatch import why_reference
 from weft.passes.defaults import default_passes
+from weft.precision import Options, measure, store_as_planned
+from weft.quant.modules import Replaced, give_back
+from weft.quant.plan import PrecisionBudget, PrecisionPlan
 from weft.rewrite.check import check_gradients, check_model
 from weft.rewrite.errors import ExampleInputsError, InternalError, OptionError, UndoError, WeftError
 from weft.rewrite.examples import check_examples, make_examples
@@ -21,15 +25,26 @@ from weft.rewrite.install import Installation
 from weft.rewrite.pipeline import Pass
 from weft.rewrite.state import preserved
 from weft.rewrite.whole import capture_model
+from weft.wrappers import innermost
 
-_installed: WeakKeyDictionary[nn.Module, Installation] = WeakKeyDictionary()
+
+@dataclass(frozen=True)
+class Optimized:
+    """What was done to a model: replaced forwards, and stored weights with how to give the former ones back."""
+
+    installation: Installation
+    plan: PrecisionPlan | None
+    replaced: list[Replaced]
+
+
+_installed: WeakKeyDictionary[nn.Module, Optimized] = WeakKeyDictionary()
 
 
 def optimize(
     model: nn.Module,
     mode: str | None = None,
     example_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
-    precision: Any = None,
+    precision: PrecisionBudget | PrecisionPlan | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
     memory: str | None = None,
     passes: Sequence[Pass] | None = None,
@@ -41,6 +56,10 @@ def optimize(
     Args:
         model: a transformers ``PreTrainedModel``, a ``PeftModel``, or any ``nn.Module``.
         mode: ``"train"`` or ``"inference"``; None takes ``model.training``.
+        precision: None leaves weights as they are; a ``PrecisionBudget`` has every linear measured and stored in the format
+            that the budget allows; a ``PrecisionPlan`` made before is put into force.
+        calibration: forward keyword arguments, one mapping a batch, on which precision is measured; None: weft makes some.
+        keep_weights: keep the former weights in the host's memory, so that ``undo`` can give them back.
         example_inputs: keyword arguments of one forward call (or a list of several calls) from which the graphs are
             captured; None makes them from ``model.config``. Other shapes and arguments are captured when they come.
         passes: what to run, in order; None takes ``default_passes(mode)``.
@@ -54,24 +73,29 @@ def optimize(
     _check_options(precision, calibration, memory, keep_weights)
     root = innermost(model)
     if root in _installed:
-        return model
+        return _as_it_is(model, precision)
     if mode == "train":
         check_gradients(model)
     examples = check_examples(example_inputs) if example_inputs is not None else make_examples(root, mode)
     chosen = _passes(passes, mode)
     started = time.perf_counter()
+    plan, replaced = _store(model, precision, calibration)
     try:
         run = lambda: _run_examples(model, examples, mode)  # noqa: E731
         installation = capture_model(model, root, chosen, run, mode, verify)
-    except Exception as error:
+    except BaseException as error:
+        give_back(replaced)
+        if not isinstance(error, Exception):
+            raise
         raise (error if isinstance(error, WeftError) else _explain(error, model, examples, mode)) from error
     report = installation.session.report
     report.notes += [note for device in {p.device for p in model.parameters()} if (note := why_reference(device))]
     rewriting = report.total_seconds
     report.total_seconds = time.perf_counter() - started
     report.capture_seconds = report.total_seconds - rewriting
+    report.precision = plan
     installation.drop_unused()
-    _installed[root] = installation
+    _installed[root] = Optimized(installation, plan, replaced if keep_weights else [])
     for holder in {id(m): m for m in (model, root)}.values():
         holder.__dict__["rewrite_report"] = report
     return model
@@ -81,20 +105,22 @@ def undo(model: nn.Module) -> nn.Module:
     """Take every rewrite off ``model``: its forwards, weights and attributes are bit for bit what they were.
 
     Raises:
-        UndoError: ``model`` was not optimized.
+        UndoError: ``model`` was not optimized, or its weights were stored in fewer bits and the former ones not kept.
     """
     if not isinstance(model, nn.Module) or innermost(model) not in _installed:
         raise UndoError(f"undo() takes a model that optimize() returned; this {type(model).__name__} was not optimized")
     root = innermost(model)
-    _installed.pop(root).remove_all()
+    done = _installed[root]
+    if done.plan is not None and not done.replaced:
+        raise UndoError(
+            "the weights were stored in fewer bits and the former ones are gone: optimize(..., keep_weights=True) keeps them"
+        )
+    del _installed[root]
+    done.installation.remove_all()
+    give_back(done.replaced)
     for module in (model, root):
         module.__dict__.pop("rewrite_report", None)
     return model
-
-
-def innermost(model: nn.Module) -> nn.Module:
-    """The transformers model inside wrappers such as PEFT's, whose ``generate`` calls it; else ``model`` itself."""
-    return next((m for m in model.modules() if isinstance(m, PreTrainedModel)), model)
 
 
 def _mode(model: nn.Module, mode: str | None) -> str:
@@ -115,10 +141,30 @@ def _passes(passes: Sequence[Pass] | None, mode: str) -> list[Pass]:
 
 
 def _check_options(precision: Any, calibration: Any, memory: Any, keep_weights: Any) -> None:
-    given = {"precision": precision, "calibration": calibration, "memory": memory, "keep_weights": keep_weights or None}
-    unknown = [name for name, setting in given.items() if setting is not None]
-    if unknown:
-        raise OptionError(f"this version of weft does not plan precision or memory yet: leave out {', '.join(unknown)}")
+    if memory is not None:
+        raise OptionError("this version of weft does not plan the memory of a training step yet: leave out memory")
+    if precision is not None and not isinstance(precision, PrecisionBudget | PrecisionPlan):
+        raise OptionError(f"precision takes a PrecisionBudget or a PrecisionPlan, not a {type(precision).__name__}")
+    if precision is None and (calibration is not None or keep_weights):
+        raise OptionError("calibration and keep_weights belong to precision: give a PrecisionBudget or a PrecisionPlan")
+
+
+def _as_it_is(model: nn.Module, precision: Any) -> nn.Module:
+    if precision is not None:
+        raise OptionError("the model is optimized already: undo(model) before its precision is planned")
+    return model
+
+
+def _store(
+    model: nn.Module, precision: PrecisionBudget | PrecisionPlan | None, calibration: Any
+) -> tuple[PrecisionPlan | None, list[Replaced]]:
+    """Store the weights as ``precision`` asks for."""
+    if precision is None:
+        return None, []
+    if isinstance(precision, PrecisionPlan):
+        return precision, apply_plan(model, precision, store_as_planned(model, precision, calibration))
+    plan, stored = measure(model, calibration, Options(precision))
+    return plan, apply_plan(model, plan, stored)
 
 
 def _run_examples(model: nn.Module, examples: Sequence[Mapping[str, Any]], mode: str) -> None:

@@ -60,16 +60,16 @@ def test_a_change_of_the_head_runs_no_block() -> None:
         assert torch.equal(logits_of(prefix.run_from(start)), model(**batch()).logits)
 
 
-def test_only_one_block() -> None:
+def test_until_a_block() -> None:
     model = llama()
     blocks = list(find_blocks(model).values())
     prefix = Prefix(model, blocks, batch())
-    prefix.record()
+    prefix.record(results=False)
     ran = list[int]()
     for i, b in enumerate(blocks):
         b.mlp.register_forward_hook(lambda *_, i=i: ran.append(i))
-    prefix.run_only(blocks[2])
-    assert ran == [2]
+    prefix.run_until(blocks[2])
+    assert ran == [0, 1, 2]
 
 
 class Twice(nn.Module):
