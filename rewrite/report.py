@@ -189,7 +189,7 @@ class RewriteReport:
         """The report as JSON text, also written to ``path`` where one is given."""
         text = json.dumps(self.to_dict(), indent=2)
         if path is not None:
-            Path(path).write_text(text)
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
     def to_html(self, path: str | Path | None = None) -> str:
@@ -198,7 +198,7 @@ class RewriteReport:
 
         text = to_html(self)
         if path is not None:
-            Path(path).write_text(text)
+            Path(path).write_text(text, encoding="utf-8")
         return text
 
     def __str__(self) -> str:

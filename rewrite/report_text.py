@@ -131,7 +131,7 @@ def to_html(report: RewriteReport) -> str:
 
 def why_not(report: RewriteReport, path: str) -> str:
     """Everything the report knows of the module at ``path`` and those inside it."""
-    inside = lambda p: p == path or p.startswith(path + ".")  # noqa: E731
+    inside = lambda p: not path or p == path or p.startswith(path + ".")  # noqa: E731
     lines = [f"{r.module_path}: rewritten by {r.rule}" for r in report.rewrites if inside(r.module_path)]
     lines += [
         f"{r.module_path}: {r.rule} refused: {r.reason} ({r.source})" for r in report.refusals if inside(r.module_path)
