@@ -41,7 +41,12 @@ def as_blocks(values: Tensor, size: int) -> Tensor:
 
 def reciprocal(scales: Tensor) -> Tensor:
     """1 / scales, finite also for zero."""
-    return 1.0 / torch.where(scales.abs() < _SMALLEST, _SMALLEST, scales)
+    return divisor(scales).reciprocal()
+
+
+def divisor(scales: Tensor) -> Tensor:
+    """``scales``, or 1e-38 for those that are next to zero."""
+    return scales.masked_fill(scales.abs() < _SMALLEST, _SMALLEST)
 
 
 def encode(blocks: Tensor, scales: Tensor) -> Tensor:

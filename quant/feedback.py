@@ -16,7 +16,7 @@ from torch import Tensor
 from .encode import as_blocks, decode, encode, encode_scaled, nearest_value, reciprocal
 from .error_measures import energy
 from .errors import QuantizationError
-from .nf4_search import search
+from .nf4_search import FEW_FACTORS, search
 from .scales import Scales
 
 DAMPING = 0.01
@@ -143,5 +143,7 @@ class _Rows:
         if column % self.size == 0:
             values = up_to_date.T if self.size <= _COLUMNS else self.work[:, column : column + self.size]
             h = self.importance[column : column + self.size]
-            self.keys[blocks] = search(values.contiguous(), h, scales, self.keys[blocks], self.weight.dtype)
+            self.keys[blocks] = search(
+                values.contiguous(), h, scales, self.keys[blocks], self.weight.dtype, FEW_FACTORS
+            )
         return scales.of(self.keys[blocks])

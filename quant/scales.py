@@ -10,7 +10,7 @@ block and after all rounding.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol, Self
 
 import torch
@@ -63,21 +63,22 @@ class NestedScales:
     nested_absmax: Tensor
     code: Tensor
     midpoints: Tensor
+    units: Tensor
 
     @classmethod
     def stored(cls, blocks: int, nested_absmax: Tensor, code: Tensor, offset: Tensor, size: int) -> NestedScales:
         """The scales of ``blocks`` blocks, from the tensors of a double quantization in groups of ``size``."""
         each = nested_absmax.repeat_interleave(size)[:blocks]
-        return cls(offset, each, code, (code[:-1] + code[1:]) / 2)
+        # where all scales of a group are the offset, every key gives that one
+        units = each.masked_fill(each == 0, 1.0)
+        return cls(offset, each, code, (code[:-1] + code[1:]) / 2, units)
 
     def __getitem__(self, blocks: slice) -> NestedScales:
-        return NestedScales(self.offset, self.nested_absmax[blocks], self.code, self.midpoints)
+        return replace(self, nested_absmax=self.nested_absmax[blocks], units=self.units[blocks])
 
     def nearest(self, target: Tensor) -> Tensor:
         """Indices into the code, uint8."""
-        # where all scales of a group are the offset, every key gives that one
-        unit = torch.where(self.nested_absmax == 0, 1.0, self.nested_absmax)
-        return torch.bucketize((target - self.offset) / unit, self.midpoints, out_int32=True).to(torch.uint8)
+        return torch.bucketize((target - self.offset) / self.units, self.midpoints, out_int32=True).to(torch.uint8)
 
     def of(self, keys: Tensor) -> Tensor:
         """code · nested_absmax + offset, each rounded."""
