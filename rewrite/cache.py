@@ -44,8 +44,8 @@ def narrow_caches(kwargs: dict[str, Any], number: int) -> dict[str, Any]:
 
 
 def _narrow(cache: Cache, number: int) -> Any:
-    if type(cache).update is not Cache.update or cache.offloading:
-        return cache
+    if type(cache).update is not Cache.update or "layers" not in vars(cache) or cache.offloading:
+        return cache  # its own way of updating, or a pair of caches
     if cache.layer_class_to_replicate is not None:
         while len(cache.layers) <= number:
             cache.layers.append(cache.layer_class_to_replicate())

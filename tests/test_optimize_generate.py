@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache
+from transformers import BartConfig, BartForConditionalGeneration, DynamicCache
 
 import weft
 
@@ -82,6 +82,22 @@ def test_a_model_optimized_for_training_generates() -> None:
     assert torch.equal(model.generate(**options), plain.generate(**options))
     model.train(), plain.train()
     assert_same(outcome(model, batch(2, 6)), outcome(plain, batch(2, 6)))
+
+
+def test_an_encoder_and_a_decoder() -> None:
+    """Its cache is a pair of caches."""
+    config = BartConfig(
+        vocab_size=61, d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2, decoder_attention_heads=2,
+        encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=32, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        decoder_start_token_id=2, forced_eos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = BartForConditionalGeneration(config).eval()
+    plain = twin(model)
+    weft.optimize(model, mode="inference", verify=False)
+    assert any(r.rule == "layer_norm" for r in model.rewrite_report.rewrites)
+    options = {**batch(2, 5, labels=False), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(**options), plain.generate(**options))
 
 
 def test_evaluation_under_inference_mode(pair: tuple[Any, Any]) -> None:
