@@ -157,7 +157,7 @@ def _importance(each: list[Statistics | None]) -> Tensor | None:
     if not known:
         return None
     table = torch.stack([torch.ones_like(known[0]) if s is None else s.mean_square.to(known[0].device) for s in each])
-    return torch.ldexp(table, -torch.frexp(table.amax(1, keepdim=True)).exponent)
+    return torch.ldexp(table, -torch.frexp(table.amax(1, keepdim=True)).exponent.double())
 
 
 def _check_feedback(weight: Tensor, each: list[Statistics | None], size: int) -> None:

@@ -81,6 +81,19 @@ def test_is_near_the_best_of_all_scales() -> None:
     assert found.sum() < 1.015 * best.sum()
 
 
+def test_the_unit_of_the_inputs_does_not_matter() -> None:
+    """Not even where their squares are beyond float32."""
+    w, x = torch.randn(8, 128), torch.randn(30, 128) * torch.randn(128).exp()
+    _, form = pair(64, True)
+    found = []
+    for unit in (1.0, 2.0**100, 2.0**-100):
+        statistics = Statistics(128)
+        statistics.update(x * unit)
+        found.append(quantize(w, form, statistics))
+    for other in found[1:]:
+        assert all(torch.equal(found[0].tensors[name], other.tensors[name]) for name in other.tensors)
+
+
 def test_each_expert_is_weighed_by_its_own_statistics() -> None:
     w = torch.randn(3, 16, 128, generator=torch.Generator().manual_seed(0))
     _, form = pair(64, False)
