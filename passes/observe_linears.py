@@ -35,7 +35,7 @@ class ObserveLinears:
         """Add the calls. The graph computes what it computed."""
         view = View()
         for node in list(module.graph.nodes):
-            found = self._product(view, node)
+            found = product_of(view, node)
             if found is not None:
                 x, weight, layout = found
                 with module.graph.inserting_before(node):
@@ -43,17 +43,20 @@ class ObserveLinears:
                 added.meta = {"val": None}
         return Outcome()
 
-    def _product(self, view: View, node: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
-        if node.op not in ("call_function", "call_method"):
-            return None
-        expr = view.of(node)
-        if not isinstance(expr, Expr) or expr.op not in PRODUCTS or expr.node is not node:
-            return None
-        x, (weight, turned) = expr.args[0], _origin(expr.args[1])
-        if weight is None or not isinstance(x, Expr) or x.node is None:
-            return None
-        layout = PRODUCTS[expr.op]
-        return x.node, weight, {"rows": "columns", "columns": "rows"}[layout] if turned else layout
+
+def product_of(view: View, node: fx.Node) -> tuple[fx.Node, fx.Node, str] | None:
+    """The activation, the input of the graph that the matrix is (a part of), and how that lies; None: ``node`` is no such
+    product."""
+    if node.op not in ("call_function", "call_method"):
+        return None
+    expr = view.of(node)
+    if not isinstance(expr, Expr) or expr.op not in PRODUCTS or expr.node is not node:
+        return None
+    x, (weight, turned) = expr.args[0], _origin(expr.args[1])
+    if weight is None or not isinstance(x, Expr) or x.node is None:
+        return None
+    layout = PRODUCTS[expr.op]
+    return x.node, weight, {"rows": "columns", "columns": "rows"}[layout] if turned else layout
 
 
 def _origin(expr: Any) -> tuple[fx.Node | None, bool]:
