@@ -234,13 +234,31 @@ def _build(graph: fx.Graph, rule: RewriteRule, match: Match) -> tuple[tuple[fx.N
     with graph.inserting_before(point):
         result = rule.rewrite(match, **arguments)
     outputs = tuple(r.node for r in (result if isinstance(result, tuple) else (result,)))
+    new = _describe(graph, before, match)
+    with graph.inserting_before(point):
+        outputs = tuple(_laid_out(o, n, tracer) for o, n in zip(match.outputs, outputs, strict=True))
+    return outputs, new + _describe(graph, before.union(new), match)
+
+
+def _describe(graph: fx.Graph, before: set[fx.Node], match: Match) -> list[fx.Node]:
+    """Give every node that is not in ``before`` its meta data, and return them."""
     new = [n for n in graph.nodes if n not in before]
     for node in new:
         node.meta = {
             k: v for k, v in match.anchor.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")
         }
         node.meta["val"] = fake_run(node)
-    return outputs, new
+    return new
+
+
+def _laid_out(old: fx.Node, new: fx.Node, tracer: Any) -> fx.Node:
+    """``new`` in the memory order of ``old``, of which readers may take views that exist in no other."""
+    a, b = g.tensor_of(old), g.tensor_of(new)
+    if a is None or b is None or a.ndim != b.ndim or g.memory_order(a, wide=True) == g.memory_order(b, wide=True):
+        return new
+    order = g.memory_order(a)
+    back = [order.index(d) for d in range(a.ndim)]
+    return fx.Proxy(new, tracer).permute(order).contiguous().permute(back).node
 
 
 def fake_run(node: fx.Node) -> Any:

@@ -95,6 +95,12 @@ def _fix(environment: Any, symbol: Any) -> None:
     environment.evaluate_expr(sympy.Eq(symbol, known[symbol]))
 
 
+def memory_order(x: Tensor, *, wide: bool = False) -> list[int]:
+    """The dimensions of ``x`` from the slowest to the fastest in memory; without those of size 1 if ``wide``."""
+    dims = [d for d in range(x.ndim) if not wide or hint(x.shape[d]) != 1]
+    return sorted(dims, key=lambda d: -hint(x.stride(d)))
+
+
 def requires_grad(node: Any) -> bool:
     """Whether autograd tracks the tensor that ``node`` computes."""
     found = tensor_of(node)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from weft.passes.gated_mlp import FuseGatedMlp
+from weft.passes.layer_norm import FuseLayerNorm
 from weft.passes.lora_linear import FuseLoraLinear
 from weft.passes.rms_norm import FuseRmsNorm
 
@@ -57,3 +58,22 @@ def test_what_gives_only_its_dtype_may_change_in_between() -> None:
 def test_an_activation_times_a_number_is_no_gate() -> None:
     _, outcome = check(lambda x: torch.tanh(x / 30.0) * 30.0, {"x": normal(0, 3, 4)}, [FuseGatedMlp()], count=0)
     assert not outcome.refusals
+
+
+def test_a_replacement_keeps_the_memory_order() -> None:
+    """Readers may take a view that exists in one order alone."""
+
+    def function(x: Any) -> Any:
+        return F.layer_norm(x.transpose(1, 2), (4,)).view(2, 12)
+
+    module, _ = check(function, {"x": normal(0, 2, 4, 3)}, [FuseLayerNorm()], count=1, terms=16, dynamic=True)
+    assert "layer_norm" in targets(module) and "contiguous" in targets(module)
+
+
+def test_what_is_laid_out_alike_is_not_copied() -> None:
+    def function(x: Any) -> Any:
+        y = x.transpose(1, 2)
+        return normed(y).transpose(1, 2).view(2, 12)
+
+    module, _ = check(function, {"x": normal(0, 2, 4, 3)}, [FuseRmsNorm()], count=1, terms=16, dynamic=True)
+    assert targets(module) == ["transpose", "rms_norm", "transpose", "view"]
