@@ -113,8 +113,8 @@ def _backward(
                 factor = R.load_vector(weight, start + col, cols, offset, HAS_WEIGHT)
             sums += dy * factor
             dots += dy * factor * unit
-        shift = (tl.sum(sums, 1) / cols)[:, None]
-        lean = (tl.sum(dots, 1) / cols)[:, None]
+        # One reduction: each has the program's warps wait for one another.
+        shift, lean = tl.split(tl.sum(tl.join(sums, dots), 1) * scale / cols)
         for start in range(0, span, COLS):
             if not WHOLE:
                 unit = (R.load(x_row, x_strides, row, rows, start + col, cols) - mean) * scale
@@ -122,7 +122,7 @@ def _backward(
                 factor = R.load_vector(weight, start + col, cols, offset, HAS_WEIGHT)
             if NEEDS_X:
                 dx_row = dx + R.row_start(row, sizes, dx_strides)[:, None]
-                result = (dy * factor - shift - unit * lean) * scale
+                result = dy * factor * scale - (unit * lean[:, None] + shift[:, None])
                 R.store(dx_row, dx_strides, row, rows, start + col, cols, result)
             if WHOLE:
                 if NEEDS_WEIGHT:
@@ -151,9 +151,10 @@ def _launch_forward(
 
 
 def _launch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """dx, dweight and dbias, the latter two in float32; None for one not needed."""
+    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float,
+    bias_dtype: torch.dtype | None, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
+    """dx, dweight and dbias, the latter two in the dtype of what they belong to; None for one not needed."""
     dx = torch.empty_like(x) if needs[0] else None
     count, options = R.blocks(x, PER_THREAD_BACKWARD)
     count = R.spread(x, count, options, any(needs[1:]), (x, grad))
@@ -161,7 +162,17 @@ def _launch_backward(
     options |= {"offset": offset, "HAS_WEIGHT": weight is not None}
     options |= {"NEEDS_X": needs[0], "NEEDS_WEIGHT": needs[1], "NEEDS_BIAS": needs[2]}
     R.launch(_backward, count, (x, grad, mu, r, dx), (weight, partial), options)
-    return dx, partial[0].sum(0) if needs[1] else None, partial[1].sum(0) if needs[2] else None
+    if not any(needs[1:]):
+        return dx, None, None
+    wanted = slice(0 if needs[1] else 1, 2 if needs[2] else 1)
+    found = iter(R.totals(partial[wanted], *_vector_dtypes(x, weight, bias_dtype)[wanted]))
+    return dx, *(next(found) if need else None for need in needs[1:])
+
+
+def _vector_dtypes(x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None) -> tuple[torch.dtype, torch.dtype]:
+    """Those of dweight and dbias."""
+    compute = compute_dtype(x)
+    return compute if weight is None else weight.dtype, bias_dtype or compute
 
 
 def _factor(x: Tensor, weight: Tensor | None, offset: float) -> Tensor:
@@ -200,8 +211,9 @@ def _plain_forward(
 
 
 def _plain_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float, needs: tuple[bool, bool, bool]
-) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float,
+    bias_dtype: torch.dtype | None, needs: tuple[bool, bool, bool],
+) -> tuple[Tensor | None, ...]:  # fmt: skip
     """As :func:`_launch_backward`. Torch's kernel sums dweight and dbias in the dtype of x, so they need it upcast."""
     order, factor = _order(x), _factor(x, weight, offset)
     narrow = x.device.type == "cpu" and grad.dtype == x.dtype and not any(needs[1:])
@@ -210,7 +222,9 @@ def _plain_backward(
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy, wide, x.shape[-1:], mean, scale, factor, factor, list(needs)
     )
-    return None if dx is None else _put(dx, torch.empty_like(x, device="meta"), order), dweight, dbias
+    pairs = zip((dweight, dbias), _vector_dtypes(x, weight, bias_dtype), strict=True)
+    vectors = (None if vector is None else vector.to(dtype) for vector, dtype in pairs)
+    return None if dx is None else _put(dx, torch.empty_like(x, device="meta"), order), *vectors
 
 
 def empty(x: Tensor, dtype: torch.dtype, device: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -232,29 +246,32 @@ def _layer_norm(
 @torch.library.custom_op("weft::layer_norm_backward", mutates_args=())
 def _layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float,
-    needs_x: bool, needs_weight: bool, needs_bias: bool,
+    bias_dtype: torch.dtype | None, needs_x: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, and dweight and dbias in the dtype of the arithmetic; an empty tensor for one not needed."""
+    """dx, dweight and dbias; an empty tensor for one not needed."""
     needs = (needs_x, needs_weight, needs_bias)
     if not x.numel():
-        return _gradients(x, *needs)
-    grads = (_launch_backward if R.kernel_runs(x) else _plain_backward)(grad, x, weight, mu, r, offset, needs)
-    like = (x, mu, mu)
-    dx, dweight, dbias = (t.new_empty(0) if grad is None else grad for t, grad in zip(like, grads, strict=True))
+        return _gradients(x, weight, bias_dtype, *needs)
+    run = _launch_backward if R.kernel_runs(x) else _plain_backward
+    grads = run(grad, x, weight, mu, r, offset, bias_dtype, needs)
+    dtypes = (x.dtype, *_vector_dtypes(x, weight, bias_dtype))
+    dx, dweight, dbias = (x.new_empty(0, dtype=t) if g is None else g for t, g in zip(dtypes, grads, strict=True))
     return dx, dweight, dbias
 
 
-def _gradients(x: Tensor, needs_x: bool, needs_weight: bool, needs_bias: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _gradients(
+    x: Tensor, weight: Tensor | None, bias_dtype: torch.dtype | None,
+    needs_x: bool, needs_weight: bool, needs_bias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """What the backward returns for an empty x, and in shape for any."""
-    dweight, dbias = (
-        x.new_zeros(x.shape[-1] if need else 0, dtype=compute_dtype(x)) for need in (needs_weight, needs_bias)
-    )
+    pairs = zip((needs_weight, needs_bias), _vector_dtypes(x, weight, bias_dtype), strict=True)
+    dweight, dbias = (x.new_zeros(x.shape[-1] if need else 0, dtype=dtype) for need, dtype in pairs)
     return torch.empty_like(x) if needs_x else x.new_empty(0), dweight, dbias
 
 
 _layer_norm.register_fake(lambda x, weight, bias, eps, offset, dtype: empty(x, dtype))
 _layer_norm_backward.register_fake(
-    lambda grad, x, weight, mu, r, offset, *needs: _gradients(x, *needs),
+    lambda grad, x, weight, mu, r, offset, bias_dtype, *needs: _gradients(x, weight, bias_dtype, *needs),
 )
 
 
@@ -271,9 +288,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         return (None,) * 6
     x, weight, mu, r = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    dx, dweight, dbias = _layer_norm_backward(grad, x, weight, mu, r, ctx.offset, *needs)
-    vectors = (dweight.to(weight.dtype) if needs[1] else None, dbias.to(ctx.bias_dtype) if needs[2] else None)
-    return dx if needs[0] else None, *vectors, None, None, None
+    grads = _layer_norm_backward(grad, x, weight, mu, r, ctx.offset, ctx.bias_dtype, *needs)
+    return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
 
 
 _layer_norm.register_autograd(_differentiate, setup_context=_setup_context)

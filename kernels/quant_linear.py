@@ -3,7 +3,7 @@
     dx = dy · W        dbias = sum over rows (dy)        the weight is frozen
 
 Many rows: W is dequantized into a temporary and the product is cuBLAS'. Few rows, as in decoding, are bound by reading
-the weight: a matrix-vector kernel reads the packed words and keeps W in registers, in float32.
+the weight: the kernels of :mod:`.quant_matvec` read the packed words and keep W in registers.
 Saved for the backward: nothing but the packed weight; it is dequantized again.
 
 The first half of this file is what all linears share: how the weight of a layout enters a product.
@@ -20,16 +20,9 @@ from torch import Tensor
 
 from ..quant import four_bit
 from ..quant.layout import Layout
-from .dequantize_4bit import arguments, block_scale, dequantized
+from .dequantize_4bit import dequantized
 from .dispatch import shaped, use_triton
-from .rows import rounded
-from .toolchain import tl, triton
-
-FEW_ROWS = 8
-"""Up to here the matrix-vector kernel beats dequantizing first; its arithmetic grows with the rows."""
-
-TILE_WORDS, WARPS, STAGES = 128, 4, 1
-"""Matrix-vector kernel: packed words along a row that are read at a time, warps, and loads in flight."""
+from .quant_matvec import matvec, serves
 
 
 def reference(x: Tensor, weight: list[Tensor], layout: str, bias: Tensor | None = None) -> Tensor:
@@ -69,84 +62,9 @@ def product(x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None
     """
     if x.shape[-1] != layout.in_features:
         raise ValueError(f"a linear with {layout.in_features} input features was given {tuple(x.shape)}")
-    if 0 < x.shape[0] <= FEW_ROWS and layout.is_4bit and use_triton(x) and _whole_blocks(weight, layout, x.dtype):
-        return _matvec(x.contiguous(), weight, layout, bias)
+    if use_triton(x) and serves(x, layout):
+        return matvec(x, weight, layout, bias)
     return F.linear(x, dense(weight, layout, x.dtype), bias)
-
-
-def _whole_blocks(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> bool:
-    """Whether every row of W begins with a block of its own, in an aligned word."""
-    aligned = weight[0].data_ptr() % 4 == 0
-    return dtype != torch.float64 and aligned and layout.in_features % layout.block_size == 0
-
-
-@triton.jit
-def _matvec_kernel(
-    x,
-    packed,
-    absmax,
-    nested_absmax,
-    nested_code,
-    nested_offset,
-    code,
-    bias,
-    y,
-    rows,
-    outs,
-    ins,
-    BLOCK_SIZE: tl.constexpr,
-    NESTED: tl.constexpr,
-    BIAS: tl.constexpr,
-    ROWS: tl.constexpr,
-    OUTS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """OUTS outputs of all rows. A thread keeps one sum for each of its words, so that only the end exchanges any."""
-    WORDS: tl.constexpr = BLOCK_SIZE // 8
-    row, out = tl.arange(0, ROWS), tl.program_id(0) * OUTS + tl.arange(0, OUTS)
-    in_rows, in_outs = row < rows, out < outs
-    table = tl.load(code + tl.arange(0, 16))
-    words, within, nibble = packed.to(tl.pointer_type(tl.uint32)), tl.arange(0, WORDS), tl.arange(0, 8)
-    # Nibbles come first: a tensor's leading dimension lies in a thread's own registers.
-    shifts = ((nibble * 4) ^ 4).to(tl.uint32)[:, None, None, None]
-    blocks = ins // BLOCK_SIZE
-    start = out.to(tl.int64)[:, None] * blocks
-    sums = tl.zeros((ROWS, OUTS, BLOCKS, WORDS), tl.float32)
-    for first in tl.range(0, blocks, BLOCKS, num_stages=STAGES):  # pyright: ignore[reportGeneralTypeIssues]
-        column = first + tl.arange(0, BLOCKS)
-        in_row = column < blocks
-        block, there = start + column[None, :], in_outs[:, None] & in_row[None, :]
-        scale = block_scale(absmax, nested_absmax, nested_code, nested_offset, block, there, NESTED)
-        at = block[:, :, None] * WORDS + within[None, None, :]
-        bits = tl.load(words + at, mask=there[:, :, None], other=0)
-        codes = ((bits[None] >> shifts) & 15).to(tl.int32)
-        w = tl.gather(table, tl.reshape(codes, [8 * OUTS * BLOCKS * WORDS]), 0)
-        w = tl.reshape(w, [8, 1, OUTS, BLOCKS, WORDS])
-        feature = (column[:, None] * WORDS + within[None, :])[None, None] * 8 + nibble[:, None, None, None]
-        there_x = in_rows[None, :, None, None] & in_row[None, None, :, None]
-        operand = tl.load(x + row[None, :, None, None] * ins + feature, mask=there_x, other=0.0).to(tl.float32)
-        sums += tl.sum(w * operand[:, :, None], 0) * scale[None, :, :, None]
-    total = tl.sum(tl.reshape(sums, [ROWS, OUTS, BLOCKS * WORDS]), 2)
-    if BIAS:
-        total += tl.load(bias + out, mask=in_outs, other=0.0).to(tl.float32)[None, :]
-    there_y = in_rows[:, None] & in_outs[None, :]
-    tl.store(y + row[:, None] * outs + out[None, :], rounded(total, y.dtype.element_ty), mask=there_y)
-
-
-def _matvec(x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
-    rows, outs = x.shape[0], layout.out_features
-    y = x.new_empty((rows, outs))
-    tensors, sizes = arguments(weight, layout)
-    padded = triton.next_power_of_2(rows)
-    tile = {"ROWS": padded, "OUTS": 8 if padded <= 4 else 4, "BLOCKS": max(TILE_WORDS * 8 // layout.block_size, 1)}
-    options = {**sizes, **tile, "BIAS": bias is not None, "STAGES": STAGES, "num_warps": WARPS}
-    given = bias.contiguous() if bias is not None else y
-    kernel: Any = _matvec_kernel
-    grid = (triton.cdiv(outs, tile["OUTS"]),)
-    if outs:
-        kernel[grid](x, *tensors, given, y, rows, outs, layout.in_features, **options, enable_fp_fusion=True)
-    return y
 
 
 @torch.library.custom_op("weft::quant_linear", mutates_args=())

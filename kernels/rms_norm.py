@@ -161,14 +161,14 @@ def _launch_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, r: Tensor, extra: Tensor | None, dx: Tensor | None,
     needs_weight: bool, eps: float, offset: float, mode: str,
 ) -> Tensor:  # fmt: skip
-    """Fills ``dx`` if there is one, and returns the weight's gradient in float32, nothing if it is not needed."""
+    """Fills ``dx`` if there is one, and returns the weight's gradient, nothing if it is not needed."""
     count, options = R.blocks(x, PER_THREAD_BACKWARD)
     count = R.spread(x, count, options, needs_weight, (x, grad, extra))
     partial = R.partial_sums(x, count if needs_weight else 0)
     options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
     options |= {"HAS_EXTRA": extra is not None, "NEEDS_X": dx is not None, "NEEDS_WEIGHT": needs_weight}
     R.launch(_backward, count, (x, grad, r, extra, dx), (weight, partial), options)
-    return partial.sum(0)
+    return R.totals(partial, x.dtype if weight is None else weight.dtype)[0] if needs_weight else x.new_empty(0)
 
 
 def _plain_forward(

@@ -112,51 +112,63 @@ def _store(start, step, there, a, b, HALF: tl.constexpr, ADJACENT: tl.constexpr,
 
 
 @triton.jit
-def _turn_heads(
-    x, y, x_strides, y_strides, heads, outer, inner, there, cos_a, cos_b, sin_a, sin_b,
-    HALF: tl.constexpr, REST: tl.constexpr, ADJACENT: tl.constexpr,
-    HEADS: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
+def _start(x, strides, outer, inner, head):
+    """Addresses of the rows (tokens, heads, 1)."""
+    return x + outer * strides[0] + inner * strides[1] + head * strides[2]
+
+
+@triton.jit
+def _finish(
+    source, target, source_step, target_step, live, a, b, cos_a, cos_b, sin_a, sin_b,
+    HALF: tl.constexpr, REST: tl.constexpr, ADJACENT: tl.constexpr, PAIRS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
-    """Turns all heads of some tokens, and copies the last REST elements of each."""
-    x += outer * x_strides[0] + inner * x_strides[1]
-    y += outer * y_strides[0] + inner * y_strides[1]
-    for first in range(0, heads, HEADS):
-        head = (first + tl.arange(0, HEADS)).to(tl.int64)[None, :, None]
-        source, target, live = x + head * x_strides[2], y + head * y_strides[2], there & (head < heads)
-        a, b = _load(source, x_strides[3], live, HALF, HALF, ADJACENT, PAIRS)  # pyright: ignore
-        turned_a, turned_b = a * cos_a - b * sin_a, b * cos_b + a * sin_b
-        _store(target, y_strides[3], live, turned_a, turned_b, HALF, ADJACENT, PAIRS)
-        if REST > 0:
-            lane = tl.arange(0, LANES).to(tl.int64)[None, None, :]
-            rest = tl.load(source + (2 * HALF + lane) * x_strides[3], mask=live & (lane < REST), other=0.0)
-            tl.store(target + (2 * HALF + lane) * y_strides[3], rest, mask=live & (lane < REST))
+    """Turns what was read, and copies the last REST elements of each row."""
+    _store(target, target_step, live, a * cos_a - b * sin_a, b * cos_b + a * sin_b, HALF, ADJACENT, PAIRS)
+    if REST > 0:
+        lane = tl.arange(0, LANES).to(tl.int64)[None, None, :]
+        rest = tl.load(source + (2 * HALF + lane) * source_step, mask=live & (lane < REST), other=0.0)
+        tl.store(target + (2 * HALF + lane) * target_step, rest, mask=live & (lane < REST))
 
 
 @triton.jit
 def _kernel(
     q, q_out, k, k_out, cos, sin, q_strides, q_out_strides, k_strides, k_out_strides, cos_strides, sin_strides,
-    q_heads, k_heads, tokens, inner_size,
+    q_heads, k_heads, tokens, inner_size, steps,
     HALF: tl.constexpr, FAR: tl.constexpr, REST: tl.constexpr, ADJACENT: tl.constexpr, ADJACENT_ENTRIES: tl.constexpr,
     TRANSPOSED: tl.constexpr, TOKENS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
-    PAIRS: tl.constexpr, LANES: tl.constexpr,
+    PAIRS: tl.constexpr, LANES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    token = (tl.program_id(0).to(tl.int64) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
-    outer, inner, there = token // inner_size, token % inner_size, token < tokens
+    """All heads of some tokens. Every step reads its heads of q and of k before it turns either."""
+    token = (tl.program_id(0).to(INDEX) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
+    outer, inner, there = (token // inner_size).to(tl.int64), (token % inner_size).to(tl.int64), token < tokens
     cos += outer * cos_strides[0] + inner * cos_strides[1]
     sin += outer * sin_strides[0] + inner * sin_strides[1]
     cos_a, cos_b = _load(cos, cos_strides[3], there, HALF, FAR, ADJACENT_ENTRIES, PAIRS)  # pyright: ignore
     sin_a, sin_b = _load(sin, sin_strides[3], there, HALF, FAR, ADJACENT_ENTRIES, PAIRS)
     if TRANSPOSED:
         sin_a, sin_b = -sin_b, -sin_a
-    _turn_heads(
-        q, q_out, q_strides, q_out_strides, q_heads, outer, inner, there, cos_a, cos_b, sin_a, sin_b,
-        HALF, REST, ADJACENT, Q_HEADS, PAIRS, LANES,
-    )  # fmt: skip
-    if K_HEADS > 0:
-        _turn_heads(
-            k, k_out, k_strides, k_out_strides, k_heads, outer, inner, there, cos_a, cos_b, sin_a, sin_b,
-            HALF, REST, ADJACENT, K_HEADS, PAIRS, LANES,
+    for step in range(steps):
+        head = (step * Q_HEADS + tl.arange(0, Q_HEADS)).to(tl.int64)[None, :, None]
+        source, target = _start(q, q_strides, outer, inner, head), _start(q_out, q_out_strides, outer, inner, head)
+        live = there & (head < q_heads)
+        a, b = _load(source, q_strides[3], live, HALF, HALF, ADJACENT, PAIRS)  # pyright: ignore
+        if K_HEADS > 0:
+            head = (step * K_HEADS + tl.arange(0, K_HEADS)).to(tl.int64)[None, :, None]
+            k_source, k_target = (
+                _start(k, k_strides, outer, inner, head),
+                _start(k_out, k_out_strides, outer, inner, head),
+            )
+            k_live = there & (head < k_heads)
+            k_a, k_b = _load(k_source, k_strides[3], k_live, HALF, HALF, ADJACENT, PAIRS)  # pyright: ignore
+        _finish(
+            source, target, q_strides[3], q_out_strides[3], live, a, b, cos_a, cos_b, sin_a, sin_b,
+            HALF, REST, ADJACENT, PAIRS, LANES,
         )  # fmt: skip
+        if K_HEADS > 0:
+            _finish(
+                k_source, k_target, k_strides[3], k_out_strides[3], k_live, k_a, k_b, cos_a, cos_b, sin_a, sin_b,
+                HALF, REST, ADJACENT, PAIRS, LANES,
+            )  # fmt: skip
 
 
 def _launch(
@@ -177,14 +189,15 @@ def _launch(
     count, half, rest = cos.shape[0] * cos.shape[1], rotary_dim // 2, xs[0].shape[3] - rotary_dim
     full, pairs = cos.shape[-1] == rotary_dim, triton.next_power_of_2(half)
     q_block, k_block, tokens = _tile(q_heads, k_heads, count, pairs)  # pyright: ignore
+    steps = max(triton.cdiv(q_heads, q_block), triton.cdiv(k_heads, max(k_block, 1)))
     kernel: Any = _kernel
     with torch.cuda.device_of(cos):
         kernel[(triton.cdiv(count, tokens),)](
-            *tensors, *(t.stride() for t in tensors), q_heads, k_heads, count, cos.shape[1],
+            *tensors, *(t.stride() for t in tensors), q_heads, k_heads, count, cos.shape[1], steps,
             HALF=half, FAR=half if full else 0, REST=rest,
             ADJACENT=interleaved, ADJACENT_ENTRIES=interleaved and full, TRANSPOSED=transposed,
             TOKENS=tokens, Q_HEADS=q_block, K_HEADS=k_block, PAIRS=pairs, LANES=triton.next_power_of_2(max(rest, 1)),
-            num_warps=WARPS,
+            INDEX=tl.int32 if count < 2**30 else tl.int64, num_warps=WARPS,
         )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ RESIDENT_WARPS = 16
 """Warps of a backward kernel for which a multiprocessor has registers."""
 STAGES, SHARED_BYTES = 3, 96 * 1024
 """How many blocks a backward has under way, this one included, and the shared memory that the others may take."""
+TOTAL_ROWS, TOTAL_COLS, TOTAL_WARPS = 512, 16, 8
+"""Tile in which partial sums are added up: all of them at once, so that the reads do not wait for each other."""
 
 
 def blocks(x: Tensor, per_thread: int) -> tuple[int, dict[str, Any]]:
@@ -126,10 +128,39 @@ def launch(
         kernel[(count,)](*there, *dense, sizes, *strides, **options)
 
 
-def partial_sums(x: Tensor, count: int, *lead: int) -> Tensor:
-    """(*lead, count, cols) in float32 for sums over rows, one for each program; zero if it adds them up there."""
+def partial_sums(x: Tensor, count: int, vectors: int = 1) -> Tensor:
+    """(vectors, count, cols) in float32 for sums over rows, one for each program; zero if it adds them up there."""
     make = torch.empty if x.shape[-1] <= LONGEST else torch.zeros
-    return make((*lead, count, x.shape[-1]), dtype=torch.float32, device=x.device)
+    return make((vectors, count, x.shape[-1]), dtype=torch.float32, device=x.device)
+
+
+def totals(partial: Tensor, *dtypes: torch.dtype) -> list[Tensor]:
+    """The sums of up to two :func:`partial_sums`, each in a dtype of its own, in one launch."""
+    _, count, cols = partial.shape
+    sums = [partial.new_empty(cols, dtype=dtype) for dtype in dtypes]
+    height = min(triton.next_power_of_2(count), TOTAL_ROWS)
+    kernel: Any = _totals
+    with torch.cuda.device_of(partial):
+        kernel[(triton.cdiv(cols, TOTAL_COLS), len(sums))](
+            partial, sums[0], sums[-1], count, cols, ROWS=height, COLS=TOTAL_COLS, num_warps=TOTAL_WARPS
+        )
+    return sums
+
+
+@triton.jit
+def _totals(partial, first, second, count, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
+    col = tl.program_id(0) * COLS + tl.arange(0, COLS)
+    partial += tl.program_id(1).to(tl.int64) * count * cols
+    sums = tl.zeros((ROWS, COLS), tl.float32)
+    for start in range(0, count, ROWS):
+        row = start + tl.arange(0, ROWS)
+        there = partial + row[:, None].to(tl.int64) * cols + col[None, :]
+        sums += tl.load(there, mask=inside(row, count, col, cols), other=0.0)
+    total = tl.sum(sums, 0)
+    if tl.program_id(1) == 0:
+        tl.store(first + col, rounded(total, first.dtype.element_ty), mask=col < cols)
+    else:
+        tl.store(second + col, rounded(total, second.dtype.element_ty), mask=col < cols)
 
 
 @triton.jit

@@ -32,10 +32,10 @@ def four_bit_layouts(draw: st.DrawFn) -> Layout:
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @cases
-@given(layout=four_bit_layouts(), seed=st.integers(0, 2**20), tile=st.sampled_from((32, 1024)))
-def test_is_the_formula_bit_for_bit(name: Backend, dtype: torch.dtype, layout: Layout, seed: int, tile: int) -> None:
+@given(layout=four_bit_layouts(), seed=st.integers(0, 2**20), unroll=st.sampled_from((1, 4)))
+def test_is_the_formula_bit_for_bit(name: Backend, dtype: torch.dtype, layout: Layout, seed: int, unroll: int) -> None:
     weight = packed_weight(layout, seed)
-    with backend(name), patch.object(module, "TILE_BYTES", tile):
+    with backend(name), patch.object(module, "UNROLL", unroll):
         got = dequantize_4bit(weight, layout.encode(), dtype)
     exact = four_bit.dequantize(weight, layout, dtype)
     assert got.dtype == dtype and got.is_contiguous()

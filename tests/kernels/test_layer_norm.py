@@ -108,7 +108,9 @@ def test_registration_and_memory_order(name: Backend, layout: str) -> None:
             assert dx.stride() == torch.empty_like(x).stride() and dx.dtype == x.dtype
         y, mu, r = (t.detach() for t in module._layer_norm(x, weight, bias, 1e-6, 1.0, torch.bfloat16))
         for needs in ((True, True, True), (True, False, False), (False, False, True)):
-            torch.library.opcheck(module._layer_norm_backward, (y, x.detach(), weight.detach(), mu, r, 1.0, *needs))
+            torch.library.opcheck(
+                module._layer_norm_backward, (y, x.detach(), weight.detach(), mu, r, 1.0, None, *needs)
+            )
 
 
 @pytest.mark.parametrize("name", BACKENDS)
@@ -122,7 +124,7 @@ def test_only_needed_gradients_are_computed(name: Backend) -> None:
         assert tuple(leaf.grad is not None for leaf in leaves) == needs
         x, per_row = tensors[0], tensors[0][:, :1].contiguous()
         with backend(name):
-            out = module._layer_norm_backward(x, x, tensors[1], per_row, per_row, 0.0, *needs)
+            out = module._layer_norm_backward(x, x, tensors[1], per_row, per_row, 0.0, None, *needs)
         assert [t.numel() for t in out] == [24 * needs[0], 8 * needs[1], 8 * needs[2]]
 
 

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from weft.kernels import quant_linear as module
+from weft.kernels import quant_matvec
 from weft.kernels.dispatch import Backend, backend
 from weft.kernels.quant_linear import quant_linear, reference
+from weft.kernels.quant_matvec import Tile
 from weft.quant.four_bit import from_quant_state
 from weft.quant.layout import Layout
 
@@ -59,8 +61,9 @@ def linears(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
 @cases
 @given(data=st.data())
 def test_matches_float64(name: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
-    inputs, words = data.draw(linears(dtype)), data.draw(st.sampled_from((4, 128)))
-    with backend(name), patch.object(module, "TILE_WORDS", words):
+    inputs, words = data.draw(linears(dtype)), data.draw(st.sampled_from((4, 32)))
+    tiles = {"ONE_ROW": Tile(8, 16 * words, 4), "SEVERAL": Tile(32, words, 4)}
+    with backend(name), patch.multiple(quant_matvec, **tiles):
         assert_accurate(quant_linear, reference, inputs, reduction=128, scale=terms(inputs["x"]))
 
 
