@@ -41,12 +41,16 @@ def size_of(values: Any) -> int:
     return sum(t.numel() * t.element_size() for t in tree_leaves(values) if isinstance(t, Tensor))
 
 
+MOST_SETS = 64
+"""Tiny inputs, such as those of an empty launch, need not fill the cache."""
+
+
 def rotation(one: Any, device: torch.device) -> int:
     """How many sets of inputs as large as ``one`` to use in turn, so that none is still in the cache when it is due."""
     if device.type != "cuda":
         return 2
     cache = torch.cuda.get_device_properties(device).L2_cache_size
-    return max(2, math.ceil(2 * cache / max(size_of(one), 1)) + 1)
+    return min(MOST_SETS, max(2, math.ceil(2 * cache / max(size_of(one), 1)) + 1))
 
 
 def measure(calls: Sequence[Callable[[], Any]], device: torch.device, repeats: int = 20, warmup: int = 3) -> Timing:
