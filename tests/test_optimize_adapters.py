@@ -94,7 +94,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], int | None]] = {
     "ranks by name": (lambda: with_lora(llama(**SMALL), rank_pattern={"q_proj": 1}, alpha_pattern={"q_proj": 5}), 14),
     "saved modules": (lambda: with_lora(llama(**SMALL), modules_to_save=["lm_head"]), 14),
     "transposed base": (lambda: with_lora(gpt2(), target_modules=["c_attn", "c_proj", "c_fc"], fan_in_fan_out=True), 8),
-    "8-bit base": (lambda: with_lora(in_eight_bits(llama(**SMALL)), target_modules=LINEARS), None),
+    "8-bit base": (lambda: with_lora(in_eight_bits(llama(**SMALL)), target_modules=LINEARS), 14),
     "by hand": (ByHand, 4),
 }
 """Each with the number of linears whose adapters are fused, where that is settled."""
