@@ -17,6 +17,7 @@ from .errors import QuantizationError
 from .formats import Stored, as_parameter
 
 _bnb_nn: Any = bnb.nn
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_state_dict_hooks")
 
 
 @dataclass(frozen=True)
@@ -69,10 +70,11 @@ def _call(owner: nn.Module, x: Tensor) -> Any:
 
 
 def put_stored(model: nn.Module, name: str, stored: Stored) -> Replaced:
-    """Store the parameter ``name`` of ``model`` as ``stored`` says, on the device where it is.
+    """Store the parameter ``name`` of ``model`` as ``stored`` says, on the device where it is, wherever it is read.
 
     A module that acts as a linear becomes bitsandbytes' ``Linear4bit`` or ``Linear8bitLt``, with its bias, hooks and mode;
-    a parameter of any other module (such as stacked experts) is dequantized whenever it is read.
+    a parameter of any other module (such as stacked experts) is dequantized whenever it is read. Tied modules get one
+    storage.
 
     Args:
         stored: of a linear's weight as (out_features, in_features); of any other parameter as it lies.
@@ -81,38 +83,62 @@ def put_stored(model: nn.Module, name: str, stored: Stored) -> Replaced:
         How to give the former weight back; until then it waits in the host's memory.
 
     Raises:
-        QuantizationError: int8 storage of a parameter that is no linear's weight.
+        QuantizationError: int8 storage of a parameter that is no linear's weight, or tied modules of which one reads the
+            weight, another its transpose; nothing is changed then.
     """
-    path, _, attribute = name.rpartition(".")
-    owner = model.get_submodule(path)
-    stored = stored.to(owner.get_parameter(attribute).device)
-    if acts_as(owner, attribute):
-        return _put_module(model, path, owner, stored)
-    if stored.format.kind == "int8":
-        raise QuantizationError(f"{name} is no linear's weight: it can be stored in 4 or in 16 bits, not as int8")
-    return _put_parameter(owner, attribute, name, stored)
-
-
-def _put_module(model: nn.Module, path: str, old: nn.Module, stored: Stored) -> Replaced:
-    parent_path, _, child = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    new = _linear(stored, getattr(old, "bias", None))
-    new.train(old.training)
-    for kept in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
-        getattr(new, kept).update(getattr(old, kept))
-    parent._modules[child] = new
-    weight: Any = old.weight
-    device = weight.device
-    weight.data = weight.data.cpu()
+    parameter = model.get_parameter(name)
+    device = parameter.device
+    owners = _owners(model, parameter)
+    layouts = [acts_as(owner, attribute) for owner, attribute in owners]
+    _check_owners(name, stored, layouts)
+    packed: Any = as_parameter(stored.to(device))
+    restores = [
+        _put_module(model, owner, stored, packed) if layout else _put_parameter(owner, attribute, packed)
+        for (owner, attribute), layout in zip(owners, layouts, strict=True)
+    ]
+    parameter.data = parameter.data.cpu()
 
     def restore() -> None:
-        weight.data = weight.data.to(device)
-        parent._modules[child] = old
+        parameter.data = parameter.data.to(device)
+        for each in reversed(restores):
+            each()
 
-    return Replaced(path, restore)
+    return Replaced(name, restore)
 
 
-def _linear(stored: Stored, bias: nn.Parameter | None) -> nn.Module:
+def _owners(model: nn.Module, parameter: nn.Parameter) -> list[tuple[nn.Module, str]]:
+    """Every module that holds ``parameter``, and what it calls it."""
+    return [(m, key) for m in model.modules() for key, held in m._parameters.items() if held is parameter]
+
+
+def _check_owners(name: str, stored: Stored, layouts: Sequence[str | None]) -> None:
+    if stored.format.kind == "int8" and None in layouts:
+        raise QuantizationError(f"{name} is no linear's weight: it can be stored in 4 or in 16 bits, not as int8")
+    if len({layout == "columns" for layout in layouts}) > 1:
+        raise QuantizationError(
+            f"{name} is read as it lies by one module and transposed by another: leave it in 16 bits"
+        )
+
+
+def _put_module(model: nn.Module, old: nn.Module, stored: Stored, packed: Any) -> Callable[[], None]:
+    """A linear of bitsandbytes in the place of ``old``; returns how to give that back."""
+    new = _linear(stored, packed, getattr(old, "bias", None))
+    new.train(old.training)
+    new.source_cls = type(old)  # as transformers notes it when it replaces a linear
+    for kept in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"):
+        getattr(new, kept).update(getattr(old, kept))
+    places = [(parent, key) for parent in model.modules() for key, m in parent._modules.items() if m is old]
+    for parent, key in places:
+        parent._modules[key] = new
+
+    def restore() -> None:
+        for parent, key in places:
+            parent._modules[key] = old
+
+    return restore
+
+
+def _linear(stored: Stored, weight: Any, bias: nn.Parameter | None) -> Any:
     rows, columns = stored.shape
     with torch.device("meta"):
         if stored.format.kind == "int8":
@@ -122,24 +148,26 @@ def _linear(stored: Stored, bias: nn.Parameter | None) -> nn.Module:
                 columns, rows, bias=bias is not None, compute_dtype=stored.dtype, quant_type=stored.format.kind,
                 compress_statistics=stored.format.double_quantized,
             )  # fmt: skip
-    weight: Any = as_parameter(stored)
     new.weight, new.bias = weight, bias
     if stored.format.kind != "int8":
         weight.module, new.quant_state = new, weight.quant_state
     return new
 
 
-def _put_parameter(owner: nn.Module, attribute: str, name: str, stored: Stored) -> Replaced:
-    old = owner.get_parameter(attribute)
-    device = old.device
-    packed: Any = as_parameter(stored)
+def _put_parameter(owner: nn.Module, attribute: str, packed: Any) -> Callable[[], None]:
+    """A parameter that is dequantized when it is read; returns how to give the former back."""
+    old, order = owner.get_parameter(attribute), list(owner._parameters)
+    hooks: Any = [getattr(owner, kind) for kind in _HOOKS]
+    before = [set(kind) for kind in hooks]
     setattr(owner, attribute, nn.Parameter(packed.data, requires_grad=False))
-    replace_parameter_4bit_prequantized(owner, attribute, packed.quant_state.as_dict(packed=True), device)
-    old.data = old.data.cpu()
+    replace_parameter_4bit_prequantized(owner, attribute, packed.quant_state.as_dict(packed=True), old.device)
+    added = [(kind, key) for kind, known in zip(hooks, before, strict=True) for key in kind if key not in known]
 
     def restore() -> None:
         parametrize.remove_parametrizations(owner, attribute, leave_parametrized=False)
-        old.data = old.data.to(device)
         setattr(owner, attribute, old)
+        owner._parameters.update({key: owner._parameters.pop(key) for key in order})
+        for kind, key in added:
+            kind.pop(key, None)
 
-    return Replaced(name, restore)
+    return restore

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from weft.quant.errors import PlanError, QuantizationError
 from weft.quant.formats import FORMATS, Stored, quantize
 from weft.quant.layers import layer_key
-from weft.quant.modules import Replaced, acts_as, put_stored
+from weft.quant.modules import Replaced, acts_as, give_back, put_stored
 from weft.quant.plan import PrecisionPlan
 from weft.rewrite.errors import PrecisionError
 
@@ -34,7 +34,13 @@ def apply_plan(model: nn.Module, plan: PrecisionPlan, stored: Mapping[str, Store
         for name, format_name in chosen.items()
         if FORMATS[format_name].kind != "dense"
     }
-    return [put_stored(model, name, weight) for name, weight in ready.items()]
+    done: list[Replaced] = []
+    try:
+        done.extend(put_stored(model, name, weight) for name, weight in ready.items())
+    except QuantizationError as error:
+        give_back(done)
+        raise PrecisionError(str(error)) from error
+    return done
 
 
 def refuse_unusable(model: nn.Module) -> None:
