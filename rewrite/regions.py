@@ -78,8 +78,9 @@ def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
 
 
 def _is_block(module: nn.Module) -> bool:
-    """A block holds several parametrized modules: a list of plain linears is no list of blocks."""
-    return sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules()) > 1
+    """A block can be called and holds several parametrized modules: neither a list of linears is a list of blocks, nor a
+    list of lists."""
+    return has_forward(module) and sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules()) > 1
 
 
 def _holders(root: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:

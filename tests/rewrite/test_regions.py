@@ -104,6 +104,29 @@ def test_sites_cover_what_stands_beside_blocks() -> None:
     assert "trunk.layers" not in sites and "trunk.norms" not in sites
 
 
+class Stages(nn.Module):
+    """Lists in a list: what is called are the blocks inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages = nn.ModuleList([nn.ModuleList([Mlp(), Mlp()]), nn.ModuleList([Mlp()])])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for stage in self.stages:
+            for block in stage:
+                x = block(x)
+        return x
+
+
+def test_lists_of_lists_are_no_blocks() -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(Stages(), nn.Linear(8, 4)), normal(0, 2, 5, 8)
+    wanted = model(x)
+    weft.optimize(model, mode="train", example_inputs={"input": x})
+    assert norms_of(model) == {f"0.stages.{path}.norm" for path in ("0.0", "0.1", "1.0")}
+    torch.testing.assert_close(model(x), wanted)
+
+
 class Broken(nn.Module):
     """Two inner modules of one class, behind an interruption of the graph: one compiled frame serves both."""
 
