@@ -113,7 +113,7 @@ class Stages(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         for stage in self.stages:
-            for block in stage:
+            for block in stage.children():
                 x = block(x)
         return x
 
