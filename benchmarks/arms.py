@@ -117,7 +117,8 @@ def _peft(setting: Setting) -> Any:
         _apply_liger(setting)
     model = _load(setting) if setting.loads else random_model(setting)
     options = {"use_reentrant": False}
-    if setting.nf4 and setting.base != "weft":  # casts embeddings and head to float32; TRL does without, and so does weft
+    # the preparation casts embeddings and head to float32; TRL does without, and so does weft
+    if setting.nf4 and setting.base != "weft":
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=setting.checkpointing, gradient_checkpointing_kwargs=options
         )

@@ -28,7 +28,9 @@ def llama(**options: Any) -> LlamaForCausalLM:
 def gpt2() -> GPT2LMHeadModel:
     """A small GPT-2, whose linears lie by columns."""
     torch.manual_seed(0)
-    return GPT2LMHeadModel(GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=1)).eval()
+    return GPT2LMHeadModel(
+        GPT2Config(n_embd=64, n_layer=1, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=1)
+    ).eval()
 
 
 def batches(count: int = 1) -> list[dict[str, Tensor]]:
