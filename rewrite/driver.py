@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.proxy import GraphAppendingTracer
 
 from . import graph as g
 from .expr import Expr, View
@@ -226,7 +227,7 @@ def _replace(
 
 def _build(graph: fx.Graph, rule: RewriteRule, match: Match) -> tuple[tuple[fx.Node, ...], list[fx.Node]]:
     """Insert the replacement's nodes, with the meta data of what they replace and fake values of their own."""
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+    tracer = GraphAppendingTracer(graph)
     before = set(graph.nodes)
     point = _insertion_point(match)
     wrap = lambda a: fx.Proxy(a, tracer) if isinstance(a, fx.Node) else a  # noqa: E731

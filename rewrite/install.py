@@ -152,7 +152,7 @@ class Installation:
 
     def _runner(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
         if site.role == "traced":
-            return TracedRun(self.session, site, original, self._descend).run
+            return torch.compiler.disable(TracedRun(self.session, site, original, self._descend).run)
         return torch.compiler.disable(original) if site.role == "opaque" else self._region(site, original)
 
     def _descend(self, site: Site) -> None:

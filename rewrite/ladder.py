@@ -8,7 +8,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -72,7 +71,6 @@ class TracedRun:
         self.hopeless: set[Any] = set()
         self.count = 0
 
-    @torch.compiler.disable
     def run(self, *args: Any, **kwargs: Any) -> Any:
         """The module's forward."""
         bound = self.signature.bind(*args, **kwargs)

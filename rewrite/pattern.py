@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
 
 from .errors import PatternError
 from .expr import Expr, View
@@ -57,7 +58,7 @@ def _choices(variants: Variants) -> Iterator[dict[str, Any]]:
 
 def _trace(function: Callable[..., Any], wildcards: tuple[str, ...], variant: dict[str, Any]) -> Pattern | None:
     graph = fx.Graph()
-    tracer = fx.proxy.GraphAppendingTracer(graph)
+    tracer = GraphAppendingTracer(graph)
     proxies = {name: fx.Proxy(graph.placeholder(name), tracer) for name in wildcards}
     result = function(**proxies, **variant)
     if result is None:

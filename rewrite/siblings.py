@@ -6,6 +6,7 @@ from collections import defaultdict
 from typing import Any, ClassVar
 
 from torch import fx
+from torch.fx.proxy import GraphAppendingTracer
 
 from . import graph as g
 from .driver import Change, Outcome, Verifier, commit, fake_run, type_problem
@@ -66,7 +67,7 @@ def _merge(
     problem = _order_problem(graph, nodes, readers)
     if problem is not None:
         return Refusal(rule.name, g.module_path(last), g.source(last), problem)
-    tracer, before = fx.proxy.GraphAppendingTracer(graph), set(graph.nodes)
+    tracer, before = GraphAppendingTracer(graph), set(graph.nodes)
     with graph.inserting_before(last):
         merged = rule.merge(nodes, [_Call(n, tracer) for n in nodes])
     if merged is None:
