@@ -29,8 +29,10 @@ from transformers import (
 WIDTH, INNER, HEADS, KV_HEADS, LAYERS, CLASSES = 128, 256, 4, 2, 4, 64
 SCALE = 0.12
 """Of random weights: as drawn by default (0.02), no layer says anything and nothing suffers from four bits."""
-SIZES: dict[str, Any] = {"hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS,
-         "initializer_range": SCALE}  # fmt: skip
+SIZES: dict[str, Any] = {
+    "hidden_size": WIDTH, "intermediate_size": INNER, "num_attention_heads": HEADS, "num_hidden_layers": LAYERS,
+    "initializer_range": SCALE,
+}  # fmt: skip
 TOKENS: dict[str, Any] = {"vocab_size": CLASSES, "bos_token_id": None, "eos_token_id": None, "use_cache": False}
 
 
@@ -196,18 +198,11 @@ def mixer_places(model: Any, layer: int) -> list[Place]:
 
 GROUPED: dict[str, Any] = SIZES | TOKENS | {"num_key_value_heads": KV_HEADS}
 EXPERTS: dict[str, Any] = {
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
-    "moe_intermediate_size": 64,
-    "head_dim": WIDTH // HEADS,
-}
+    "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": WIDTH // HEADS,
+}  # fmt: skip
 GPT2: dict[str, Any] = {
-    "tie_word_embeddings": False,
-    "n_embd": WIDTH,
-    "n_layer": LAYERS,
-    "n_head": HEADS,
-    "initializer_range": SCALE,
-}
+    "n_embd": WIDTH, "n_layer": LAYERS, "n_head": HEADS, "initializer_range": SCALE, "tie_word_embeddings": False,
+}  # fmt: skip
 PICTURE: dict[str, Any] = {"image_size": 32, "patch_size": 8, "num_labels": CLASSES}
 SUBJECTS = (
     Subject("llama", _from_config(LlamaForCausalLM, LlamaConfig(**GROUPED)), tokens, llama_places),
