@@ -41,7 +41,7 @@ def main() -> None:
             known = read_results() | {(row["type"], row["model"]): row}
             write_results(known.values())
             print(line(row), flush=True)
-    write_table(list(read_results().values()), TABLE)
+    write_table(list(read_results().values()), TABLE, types())
 
 
 def _options() -> argparse.Namespace:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,21 @@ such rows are listed.""".splitlines()
 Row = dict[str, Any]
 
 
-def write_table(rows: list[Row], path: Path) -> None:
-    """Write the page."""
+def write_table(rows: list[Row], path: Path, listed: Sequence[tuple[str, str, str]] = ()) -> None:
+    """Write the page; ``listed`` is every type that there is, of which those without a row are named as not run."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(sorted(rows, key=lambda r: (r["kind"], r["type"]))))
+    done = {(r["type"], r["model"]) for r in rows}
+    missing = [(name, model) for _, name, model in listed if (name, model) not in done]
+    path.write_text(page(sorted(rows, key=lambda r: (r["kind"], r["type"])), missing))
 
 
-def page(rows: list[Row]) -> str:
-    """Summary, table, and what is excluded."""
+def page(rows: list[Row], missing: Sequence[tuple[str, str]] = ()) -> str:
+    """Summary, table, and what is excluded or was not run."""
     ran = [r for r in rows if r["outcome"] != "excluded"]
     excluded = [r for r in rows if r["outcome"] == "excluded"]
-    return "\n".join([*_summary(rows, ran), "", *_table(ran), "", *_reasons(ran), "", *_excluded(excluded), ""])
+    return "\n".join(
+        [*_summary(rows, ran), "", *_table(ran), "", *_reasons(ran), "", *_excluded(excluded), *_missing(missing), ""]
+    )
 
 
 def _summary(rows: list[Row], ran: list[Row]) -> list[str]:
@@ -93,7 +98,7 @@ def _reasons(rows: list[Row]) -> list[str]:
     for row in rows:
         if row["outcome"] != "equal" or row["reason"].startswith("a jump"):
             lines.append(f"- `{row['type']}` ({row['model']}): {row['outcome']}: {row['reason']}")
-        lines += [f"- `{row['type']}`: {text}" for text in row.get("missing", [])[:1] if row["kind"] == "decoder"]
+        lines += [f"- `{row['type']}`: {text}" for text in row.get("missing", [])[:1]]
     return lines
 
 
@@ -101,3 +106,9 @@ def _excluded(rows: list[Row]) -> list[str]:
     why = "incomplete default configs, missing packages, inputs that only a processor makes"
     lines = [f"## Types that do not run by themselves: {why}", ""]
     return lines + [f"- `{r['type']}` ({r['model']}): {r['reason']}" for r in rows]
+
+
+def _missing(missing: Sequence[tuple[str, str]]) -> list[str]:
+    if not missing:
+        return []
+    return ["## Types that were not run", "", ", ".join(f"`{name}` ({model})" for name, model in missing)]
