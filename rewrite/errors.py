@@ -27,6 +27,10 @@ class PrecisionError(WeftError, ValueError):
     """A weight, a plan or a budget that precision planning cannot work with."""
 
 
+class CheckpointError(WeftError, ValueError):
+    """A checkpoint that cannot be loaded: a shard or a tensor is missing, cut off, or of another shape than the model's."""
+
+
 class CaptureError(WeftError, RuntimeError):
     """A call broke an assumption that a captured graph rests on and that no guard checks."""
 

@@ -16,6 +16,7 @@ from weft.applying import apply_plan
 from weft.kernels.dispatch import why_reference
 from weft.passes.defaults import default_passes
 from weft.precision import Options, measure, store_as_planned
+from weft.quant.formats import FORMATS
 from weft.quant.modules import Replaced, give_back
 from weft.quant.plan import PrecisionBudget, PrecisionPlan
 from weft.rewrite.check import check_gradients, check_model
@@ -25,6 +26,7 @@ from weft.rewrite.install import Installation
 from weft.rewrite.pipeline import Pass
 from weft.rewrite.state import preserved
 from weft.rewrite.whole import capture_model
+from weft.saving import describe
 from weft.wrappers import innermost
 
 
@@ -111,7 +113,7 @@ def undo(model: nn.Module) -> nn.Module:
         raise UndoError(f"undo() takes a model that optimize() returned; this {type(model).__name__} was not optimized")
     root = innermost(model)
     done = _installed[root]
-    if done.plan is not None and not done.replaced:
+    if done.plan is not None and not done.replaced and any(FORMATS[f].kind != "dense" for f in done.plan.formats):
         raise UndoError(
             "the weights were stored in fewer bits and the former ones are gone: optimize(..., keep_weights=True) keeps them"
         )
@@ -162,9 +164,12 @@ def _store(
     if precision is None:
         return None, []
     if isinstance(precision, PrecisionPlan):
-        return precision, apply_plan(model, precision, store_as_planned(model, precision, calibration))
-    plan, stored = measure(model, calibration, Options(precision))
-    return plan, apply_plan(model, plan, stored)
+        plan, stored = precision, store_as_planned(model, precision, calibration)
+    else:
+        plan, stored = measure(model, calibration, Options(precision))
+    replaced = apply_plan(model, plan, stored)
+    description = describe(innermost(model))
+    return plan, [*replaced, *([description] if description else [])]
 
 
 def _run_examples(model: nn.Module, examples: Sequence[Mapping[str, Any]], mode: str) -> None:
