@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
-import mmap
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from weft.rewrite.errors import CheckpointError
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
-_PAGES = 1 << 16
+_LARGE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -29,20 +29,22 @@ class LazyTensor:
     def __getitem__(self, index: Any) -> Tensor:
         try:
             with safe_open(self.file, framework="pt", device="cpu") as shard:
-                return _own(shard.get_tensor(self.name))[index]
+                mapped = shard.get_tensor(self.name)
+                if mapped.nbytes > _LARGE:
+                    _trim()
+                return mapped[index].clone()
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self.file}: {self.name} cannot be read: {error}") from error
 
 
-def _own(tensor: Tensor) -> Tensor:
-    """A copy that the operating system takes back when it is freed.
+def _trim() -> None:
+    """Have glibc give back what was freed between tensors that stay: it keeps it, and memory grows with the checkpoint.
 
-    A large one in pages of its own: between many small tensors the allocator would keep them, and memory grow with the
-    checkpoint.
+    Other allocators have no such function, and most no such habit.
     """
-    if tensor.nbytes < _PAGES:
-        return tensor.clone()
-    return torch.frombuffer(mmap.mmap(-1, tensor.nbytes), dtype=tensor.dtype).view(tensor.shape).copy_(tensor)
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def lazy_tensors(folder: Path) -> dict[str, LazyTensor]:
