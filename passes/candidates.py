@@ -114,7 +114,8 @@ def _store(candidate: Candidate) -> None:
     weight, statistics = candidate.matrix(), candidate.use.statistics
     along_rows = weight.shape[-1] == statistics.in_features and (candidate.layout, candidate.use.layout) in SAME
     for name in candidate.formats:
-        if FORMATS[name].kind == "dense":
+        silent = FORMATS[name].feedback and not statistics.mean_square.any()  # no input, no error to make good
+        if FORMATS[name].kind == "dense" or silent:
             continue
         try:
             stored = quantize(weight, FORMATS[name], statistics if along_rows else None)

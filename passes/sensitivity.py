@@ -80,7 +80,7 @@ class Sensitivity:
             each: called after every layer of every batch, for progress.
 
         Raises:
-            CalibrationError: the model itself predicts NaN or infinity.
+            CalibrationError: the model itself predicts NaN or infinity, or one number, or a mask keeps no prediction.
         """
         totals = {layer.name: dict.fromkeys(layer.stored, 0.0) for layer in layers}
         count = 0
@@ -89,7 +89,7 @@ class Sensitivity:
             before = _finite(logits_of(prefix.record()))
             self.forwards += 1
             mask = mask_of(inputs, before)
-            count += predictions(before, mask)
+            count += _counted(before, mask)
             for layer in layers:
                 start = _start(prefix, layer)
                 for name in layer.stored:
@@ -143,6 +143,18 @@ class Sensitivity:
         self.forwards += 1
         with torch.no_grad():
             return self.model(**inputs)
+
+
+def _counted(logits: Tensor, mask: Tensor | None) -> int:
+    """How many predictions of a batch count; a divergence of none, or of what knows one outcome, is zero whatever is done."""
+    if logits.shape[-1] < 2:
+        raise CalibrationError(
+            f"the model predicts one number, {tuple(logits.shape)}: a divergence needs logits of two classes or more"
+        )
+    count = predictions(logits, mask)
+    if not count:
+        raise CalibrationError("a calibration batch holds no prediction, or its attention mask keeps none")
+    return count
 
 
 def _finite(logits: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .errors import PlanError
@@ -39,7 +40,7 @@ class PrecisionBudget:
             parse_memory(self.memory)
         if self.max_kl is not None:
             _check_kl(self.max_kl)
-        _check_formats(self.formats)
+        check_formats(self.formats)
         object.__setattr__(self, "formats", tuple(self.formats))
 
     @property
@@ -84,7 +85,12 @@ def _check_kl(max_kl: float) -> None:
         raise PlanError(f"max_kl must be a finite number from 0 on, not {max_kl!r}")
 
 
-def _check_formats(formats: tuple[str, ...]) -> None:
+def check_formats(formats: Sequence[str]) -> None:
+    """Refuse what is no sequence of different names of formats.
+
+    Raises:
+        PlanError: it says what is wrong.
+    """
     if isinstance(formats, str) or not formats or len(set(formats)) != len(formats):
         raise PlanError(f"formats must be different names of formats, one or more, not {formats!r}")
     unknown = [f for f in formats if f not in FORMATS]

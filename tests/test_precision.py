@@ -170,6 +170,11 @@ BAD: dict[str, tuple[Any, type[Exception], str]] = {
     "an empty tensor": ([{"input_ids": torch.zeros(0, 3, dtype=torch.long)}], CalibrationError, "empty"),
     "NaN": ([{"inputs_embeds": torch.full((1, 3, 64), torch.nan)}], CalibrationError, "NaN"),
     "another width": ([{"inputs_embeds": torch.zeros(1, 3, 65)}], CalibrationError, "calibration batch"),
+    "all padding": (
+        [{"input_ids": torch.ones(1, 3, dtype=torch.long), "attention_mask": torch.zeros(1, 3, dtype=torch.long)}],
+        CalibrationError,
+        "keeps no token",
+    ),
     "unknown tokens": ([{"input_ids": torch.full((1, 3), 1000)}], CalibrationError, "calibration batch"),
 }
 
@@ -248,3 +253,39 @@ def test_training_goes_on_after_a_plan() -> None:
     loss = tuned.train()(**batches()[0], labels=batches()[0]["input_ids"]).loss
     loss.backward()
     assert undo_needed is not None and any(p.grad is not None for p in tuned.parameters())
+
+
+def plain(classes: int = 8) -> nn.Module:
+    """No model of any library."""
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, classes)).eval()
+
+
+def test_without_calibration_example_inputs_serve_where_none_can_be_made() -> None:
+    budget = PrecisionBudget(10**6, formats=("nf4", "16-bit"))
+    examples = {"input": torch.randn(5, 64)}
+    plan = optimize(plain(), example_inputs=examples, precision=budget).rewrite_report.precision
+    assert plan.notes[0].startswith("measured on the example inputs") and plan.kl is not None
+    with pytest.raises(CalibrationError, match="calibration="):
+        plan_precision(plain())
+
+
+def test_one_number_is_no_prediction() -> None:
+    with pytest.raises(CalibrationError, match="one number"):
+        plan_precision(plain(classes=1), [{"input": torch.randn(5, 64)}], formats=("nf4", "16-bit"))
+
+
+@pytest.mark.parametrize("formats", ["nf4", ("int3",), (), ("nf4", "nf4")])
+def test_formats_that_are_none(formats: Any) -> None:
+    with pytest.raises(OptionError, match="format"):
+        plan_precision(plain(), [{"input": torch.randn(5, 64)}], formats=formats)
+
+
+def test_a_linear_whose_input_is_zero_takes_no_feedback() -> None:
+    model = llama()
+    with torch.no_grad():
+        model.model.layers[0].self_attn.v_proj.weight.zero_()
+    plan = plan_precision(model, batches(), measurements=1)
+    layer = next(layer for layer in plan.layers if layer.path.endswith("o_proj"))
+    assert [o.format for o in layer.options] == ["16-bit", "nf4", "int8"]
+    assert layer.smallest.sensitivity == 0 == layer.smallest.error

@@ -60,7 +60,8 @@ def optimize(
         mode: ``"train"`` or ``"inference"``; None takes ``model.training``.
         precision: None leaves weights as they are; a ``PrecisionBudget`` has every linear measured and stored in the format
             that the budget allows; a ``PrecisionPlan`` made before is put into force.
-        calibration: forward keyword arguments, one mapping a batch, on which precision is measured; None: weft makes some.
+        calibration: forward keyword arguments, one mapping a batch, on which precision is measured; None: weft makes some,
+            or takes ``example_inputs`` where it cannot.
         keep_weights: keep the former weights in the host's memory, so that ``undo`` can give them back.
         example_inputs: keyword arguments of one forward call (or a list of several calls) from which the graphs are
             captured; None makes them from ``model.config``. Other shapes and arguments are captured when they come.
@@ -81,7 +82,7 @@ def optimize(
     examples = check_examples(example_inputs) if example_inputs is not None else make_examples(root, mode)
     chosen = _passes(passes, mode)
     started = time.perf_counter()
-    plan, replaced = _store(model, precision, calibration)
+    plan, replaced = _store(model, precision, calibration, examples if example_inputs is not None else ())
     try:
         run = lambda: _run_examples(model, examples, mode)  # noqa: E731
         installation = capture_model(model, root, chosen, run, mode, verify)
@@ -158,7 +159,7 @@ def _as_it_is(model: nn.Module, precision: Any) -> nn.Module:
 
 
 def _store(
-    model: nn.Module, precision: PrecisionBudget | PrecisionPlan | None, calibration: Any
+    model: nn.Module, precision: PrecisionBudget | PrecisionPlan | None, calibration: Any, examples: Iterable[Any]
 ) -> tuple[PrecisionPlan | None, list[Replaced]]:
     """Store the weights as ``precision`` asks for."""
     if precision is None:
@@ -166,7 +167,7 @@ def _store(
     if isinstance(precision, PrecisionPlan):
         plan, stored = precision, store_as_planned(model, precision, calibration)
     else:
-        plan, stored = measure(model, calibration, Options(precision))
+        plan, stored = measure(model, calibration, Options(precision), examples=examples)
     replaced = apply_plan(model, plan, stored)
     description = describe(innermost(model))
     return plan, [*replaced, *([description] if description else [])]

@@ -53,6 +53,9 @@ def _check_batch(model: nn.Module, index: int, batch: Mapping[str, Any]) -> None
         raise CalibrationError(f"calibration batch {index} holds no tensor, or an empty one")
     if any(t.is_floating_point() and not torch.isfinite(t).all() for t in tensors):
         raise CalibrationError(f"calibration batch {index} holds NaN or infinity")
+    mask = batch.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() == 2 and not mask.any():
+        raise CalibrationError(f"the attention mask of calibration batch {index} keeps no token: no prediction counts")
     parameters = inspect.signature(model.forward).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
     unknown = [name for name in batch if name not in parameters]

@@ -16,14 +16,14 @@ from weft.passes.candidates import find_candidates, model_bytes, store_candidate
 from weft.passes.prefix import Prefix
 from weft.passes.sensitivity import Candidate, Sensitivity
 from weft.passes.survey import Survey
-from weft.quant.budget import DEFAULT_FORMATS, PrecisionBudget
+from weft.quant.budget import DEFAULT_FORMATS, PrecisionBudget, check_formats
 from weft.quant.errors import PlanError, QuantizationError
 from weft.quant.formats import FORMATS, Stored, stored_bytes
 from weft.quant.layers import Layer, LayerOption
 from weft.quant.plan import PrecisionPlan
 from weft.quant.planner import make_plan
 from weft.rewrite.check import check_model
-from weft.rewrite.errors import CalibrationError, PrecisionError, WeftError
+from weft.rewrite.errors import CalibrationError, ExampleInputsError, OptionError, PrecisionError, WeftError
 from weft.rewrite.regions import find_blocks
 from weft.rewrite.state import preserved
 from weft.wrappers import innermost
@@ -33,12 +33,22 @@ Batches = Iterable[Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Options:
-    """What may be chosen, and how much may be measured: see :func:`plan_precision`."""
+    """What may be chosen, and how much may be measured: see :func:`plan_precision`.
+
+    Raises:
+        OptionError: ``formats`` names none.
+    """
 
     budget: PrecisionBudget | None = None
-    formats: tuple[str, ...] = DEFAULT_FORMATS
+    formats: Sequence[str] = DEFAULT_FORMATS
     head: bool = False
     measurements: int = 24
+
+    def __post_init__(self) -> None:
+        try:
+            check_formats(self.formats)
+        except PlanError as error:
+            raise OptionError(str(error)) from error
 
     @property
     def allowed(self) -> tuple[str, ...]:
@@ -71,23 +81,24 @@ def plan_precision(
         PrecisionError: a weight cannot be stored (it names the tensor), or no choice meets the budget (it names the
             smallest that does).
         CalibrationError: the batches are empty, do not fit the model, or make it predict NaN.
+        OptionError: there is no such format.
         WeftError: the model cannot be captured.
     """
-    return measure(model, calibration, Options(budget, tuple(formats), head, measurements), tokenizer)[0]
+    return measure(model, calibration, Options(budget, formats, head, measurements), tokenizer)[0]
 
 
 def measure(
-    model: nn.Module, calibration: Batches | None, options: Options, tokenizer: Any = None
+    model: nn.Module, calibration: Batches | None, options: Options, tokenizer: Any = None, examples: Batches = ()
 ) -> tuple[PrecisionPlan, dict[str, Stored]]:
-    """As :func:`plan_precision`, with the weights of the choice, quantized, by name of the parameter."""
+    """As :func:`plan_precision`, with the weights of the choice, quantized, by name of the parameter.
+
+    Args:
+        examples: what to measure on where no calibration is given and weft can make none.
+    """
     check_model(model)
     refuse_unusable(model)
     root = innermost(model)
-    if calibration is None:
-        batches, note = own_batches(root, tokenizer)
-    else:
-        batches = check_batches(root, calibration)
-        note = f"{len(batches)} calibration batches were given"
+    batches, note = _batches(root, calibration, tokenizer, list(examples))
     with _evaluating(model):
         found, blocks = _candidates(model, root, batches, options.allowed, options.head)
         sensitivity = Sensitivity(model, blocks, batches)
@@ -114,6 +125,24 @@ def store_as_planned(model: nn.Module, plan: PrecisionPlan, calibration: Batches
     with _evaluating(model):
         found, _ = _candidates(model, root, batches, tuple(FORMATS), True, wanted)
     return {c.name: stored for c in found for stored in c.stored.values()}
+
+
+def _batches(
+    root: nn.Module, calibration: Batches | None, tokenizer: Any, examples: list[Mapping[str, Any]]
+) -> tuple[list[dict[str, Any]], str]:
+    """What to measure on, and where it comes from."""
+    if calibration is not None:
+        batches = check_batches(root, calibration)
+        return batches, f"{len(batches)} calibration batches were given"
+    try:
+        return own_batches(root, tokenizer)
+    except ExampleInputsError as error:
+        if not examples:
+            raise CalibrationError(
+                f"weft can make no calibration data for {type(root).__name__}: give calibration=[{{...}}], "
+                "forward keyword arguments, one mapping a batch"
+            ) from error
+    return check_batches(root, examples), "measured on the example inputs: give calibration data"
 
 
 @contextmanager
