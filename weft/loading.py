@@ -34,9 +34,9 @@ def load_planned(
 ) -> PreTrainedModel:
     """Load the transformers checkpoint in ``folder`` with every weight stored as ``plan`` says.
 
-    Weights are read and quantized one after the other: memory on the host never holds more than the quantized model and
-    the largest tensor (the tensors that one weight is merged from). What is loaded is an ordinary transformers model over
-    bitsandbytes.
+    Weights are read and quantized one after the other: the host holds the quantized model and what quantizing one weight
+    takes (on a CPU bitsandbytes takes some seven times the weight), which is less than a shard of a usual checkpoint. What
+    is loaded is an ordinary transformers model over bitsandbytes.
 
     Args:
         folder: of a safetensors checkpoint in 16 or 32 bits, on this machine.
