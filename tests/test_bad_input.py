@@ -50,7 +50,7 @@ def refused(model: nn.Module, error: type[WeftError], match: str, **options: Any
 
 
 # arguments ----------------------------------------------------------------------------------------------------------
-@pytest.mark.parametrize("model", [None, "model", 3, Plain, [Plain()]], ids=str)
+@pytest.mark.parametrize("model", [None, "model", 3, Plain, [Plain()]], ids=lambda m: type(m).__name__)
 def test_what_is_no_module(model: Any) -> None:
     with pytest.raises(OptionError, match=r"takes a torch\.nn\.Module"):
         weft.optimize(model)
@@ -61,12 +61,12 @@ def test_what_is_no_module(model: Any) -> None:
 @pytest.mark.parametrize("options", [
     {"mode": "eval"}, {"mode": True}, {"passes": "rms_norm"}, {"passes": 5}, {"passes": [FuseRmsNorm()]},
     {"precision": 4}, {"memory": "6GB"}, {"calibration": []}, {"keep_weights": True},
-], ids=str)  # fmt: skip
+], ids=lambda options: "-".join((*options, type(next(iter(options.values()))).__name__)))  # fmt: skip
 def test_options_of_wrong_types_and_values(options: dict[str, Any]) -> None:
     refused(Plain(), OptionError, next(iter(options)), **options)
 
 
-@pytest.mark.parametrize("inputs", [3, [], "x", [3], {3: torch.ones(2, 4)}], ids=str)
+@pytest.mark.parametrize("inputs", [3, [], "x", [3], {3: torch.ones(2, 4)}], ids=["3", "[]", "x", "[3]", "{3: x}"])
 def test_examples_of_wrong_types(inputs: Any) -> None:
     refused(Plain(), ExampleInputsError, "example_inputs must be", example_inputs=inputs)
 
