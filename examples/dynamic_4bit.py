@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import copy
 import time
+from typing import Any
 
 import tiny
 import torch
@@ -44,7 +45,8 @@ def trained_llama(vocabulary: int, ids: Tensor, steps: int) -> nn.Module:
         num_key_value_heads=2,
         max_position_embeddings=256,
     )
-    model = LlamaForCausalLM(config).to(device)
+    model: Any = LlamaForCausalLM(config)
+    model.to(device)
     losses = tiny.train(model, tiny.make_batches(ids, steps, batch=8), rate=2e-3)
     print(f"trained for {steps} steps: loss {losses[0]:.2f} → {losses[-1]:.2f}")
     return model.eval().to(torch.bfloat16)
