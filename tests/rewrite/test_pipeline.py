@@ -91,7 +91,9 @@ class Raising(FuseSine):
         raise ZeroDivisionError("a mistake in a rule")
 
 
-@pytest.mark.parametrize("bad", [Break("dtype"), Break("order"), Rules("raising", (Raising(),))], ids=["dtype", "order", "raising"])
+@pytest.mark.parametrize(
+    "bad", [Break("dtype"), Break("order"), Rules("raising", (Raising(),))], ids=["dtype", "order", "raising"]
+)
 def test_a_model_runs_as_captured_where_a_pass_fails(bad: Pass) -> None:
     class Model(nn.Module):
         def __init__(self) -> None:
