@@ -143,6 +143,8 @@ def _matches(rule: RewriteRule, view: View, node: fx.Node, miss: Miss) -> Iterat
             if not rule.accepts(match):
                 continue
             match.nodes = g.backward_slice(match.outputs, match.inputs())
+            inputs = [view.of(i) for i in match.inputs()]
+            match.handed_on = frozenset(n for n in match.nodes if any(view.of(n) is i for i in inputs))
             yield match
 
 
@@ -176,7 +178,7 @@ def _same_device(a: fx.Node, b: fx.Node) -> bool:
 def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, Any]) -> Refusal | None:
     """A refusal where moving the matched computation to one place would change what it reads or whether it is tracked."""
     start, end = match.nodes[0], _insertion_point(match)
-    if len({contexts[n] for n in (*match.nodes, end) if n.op != "get_attr"}) > 1:
+    if len({contexts[n] for n in (*match.nodes, end) if n.op != "get_attr" and n not in match.handed_on}) > 1:
         return rule.refuse(match, "gradient or autocast mode changes between the matched operations")
     if any(g.is_random(n) for n in match.nodes):
         return rule.refuse(match, "a random operation would be moved")

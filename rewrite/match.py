@@ -45,6 +45,8 @@ class Match:
     bindings: Bindings
     anchor: fx.Node
     nodes: list[fx.Node] = field(default_factory=list)
+    handed_on: frozenset[fx.Node] = frozenset()
+    """Those of ``nodes`` that only hand an input on, such as a cast to the dtype that it has."""
 
     @property
     def root(self) -> fx.Node:

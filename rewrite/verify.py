@@ -52,9 +52,17 @@ class Replayer:
         outputs = [pair for pair in zip(change.old_outputs, change.new_outputs, strict=True) if _is_read(pair[1])]
         old = g.copy_nodes([*derived, *change.old], boundary, [o for o, _ in outputs], module)
         new = g.copy_nodes([*derived, *change.new], boundary, [o for _, o in outputs], module)
-        generator = torch.Generator().manual_seed(0)
-        inputs = [self.example(n, generator) for n in boundary]
         tracked = any(g.requires_grad(o) for o in change.old_outputs)
+        try:
+            return self._judge(old, new, self._examples(boundary, LONGEST), tracked)
+        except (RuntimeError, ZeroDivisionError):  # sizes that follow from others, by division say, fit these alone
+            return self._judge(old, new, self._examples(boundary, None), tracked)
+
+    def _examples(self, boundary: list[fx.Node], longest: int | None) -> list[Any]:
+        generator = torch.Generator().manual_seed(0)
+        return [self.example(n, generator, longest) for n in boundary]
+
+    def _judge(self, old: Any, new: Any, inputs: list[Any], tracked: bool) -> tuple[float | None, str | None]:
         exact = _run(Float64(old).run, [upcast(i) for i in inputs], tracked)
         eager = _run(old, inputs, tracked)
         ours = _run(new, inputs, tracked)
@@ -70,17 +78,17 @@ class Replayer:
                 return share, f"replay: {name} is off by {share:.3g} times what is allowed"
         return worst, None
 
-    def example(self, node: fx.Node, generator: torch.Generator) -> Any:
+    def example(self, node: fx.Node, generator: torch.Generator, longest: int | None = LONGEST) -> Any:
         """A value for ``node``: the real one for what has a fixed shape and came from the caller, else a drawn one."""
         fake = g.value(node)
         if isinstance(fake, torch.SymInt | torch.SymFloat):
-            return small(fake)
+            return small(fake, longest)
         if not isinstance(fake, Tensor):
             return fake
         real = self.examples.get(node)
         if isinstance(real, Tensor) and all(isinstance(s, int) for s in fake.shape):
             return real.detach().clone().requires_grad_(fake.requires_grad and real.is_floating_point())
-        return _draw(fake, generator)
+        return _draw(fake, generator, longest)
 
 
 def _same(x: Tensor) -> Tensor:
@@ -92,8 +100,8 @@ def _is_read(output: fx.Node) -> bool:
     return not getattr(output.target, "is_never_read", False)
 
 
-def _draw(fake: Tensor, generator: torch.Generator) -> Tensor:
-    shape, strides = [small(s) for s in fake.shape], fake.stride()
+def _draw(fake: Tensor, generator: torch.Generator, longest: int | None) -> Tensor:
+    shape, strides = [small(s, longest) for s in fake.shape], fake.stride()
     if fake.dtype == torch.bool:
         made = torch.rand(shape, generator=generator) < 0.5
     elif fake.is_complex():
@@ -108,14 +116,15 @@ def _draw(fake: Tensor, generator: torch.Generator) -> Tensor:
     return made.detach().requires_grad_(fake.requires_grad)
 
 
-def small(size: Any) -> Any:
-    """``size`` with every symbol in it at most :data:`LONGEST`."""
+def small(size: Any, longest: int | None = LONGEST) -> Any:
+    """``size`` with every symbol in it at most ``longest``; None: as it was traced."""
     if not isinstance(size, torch.SymInt):
         return size if not isinstance(size, torch.SymFloat) else float(size.node.hint or 1.0)
     expression = size.node.expr
     known = size.node.shape_env.backed_var_to_val if hasattr(size.node.shape_env, "backed_var_to_val") else {}
     known = known or getattr(size.node.shape_env, "var_to_val", {})
-    return int(expression.xreplace({s: min(int(known.get(s, 2)), LONGEST) for s in expression.free_symbols}))
+    traced = {s: int(known.get(s, 2)) for s in expression.free_symbols}
+    return int(expression.xreplace({s: n if longest is None else min(n, longest) for s, n in traced.items()}))
 
 
 def _boundary(change: Change) -> list[fx.Node]:

@@ -13,7 +13,7 @@ from weft.passes.layer_norm import FuseLayerNorm
 from weft.passes.lora_linear import FuseLoraLinear
 from weft.passes.rms_norm import FuseRmsNorm
 
-from ..graphs import check, normal, record, targets
+from ..graphs import check, here, normal, record, targets
 
 
 def normed(x: Any) -> Any:
@@ -77,3 +77,30 @@ def test_what_is_laid_out_alike_is_not_copied() -> None:
 
     module, _ = check(function, {"x": normal(0, 2, 4, 3)}, [FuseRmsNorm()], count=1, terms=16, dynamic=True)
     assert targets(module) == ["transpose", "rms_norm", "transpose", "view"]
+
+
+def test_a_cast_that_is_none_may_stand_under_another_mode() -> None:
+    """Only the products run without gradients; what hands their input on was computed before."""
+
+    def function(x: Any, w: Any, a: Any, b: Any) -> Any:
+        y = torch.tanh(x).float()
+        here(x, torch._C._set_grad_enabled, False)
+        z = F.linear(y, w) + 2.0 * F.linear(F.linear(y, a), b)
+        here(x, torch._C._set_grad_enabled, True)
+        return z, y
+
+    inputs = {"x": normal(0, 3, 4), "w": normal(1, 5, 4), "a": normal(2, 2, 4), "b": normal(3, 5, 2)}
+    _, outcome = check(function, inputs, [FuseLoraLinear()], count=1, terms=16)
+    assert not outcome.refusals
+
+
+def test_replay_at_the_traced_sizes_where_no_smaller_ones_fit() -> None:
+    """The width that a weight asks for is four times a length that is longer than replays are."""
+
+    def function(x: Any, w: Any) -> Any:
+        y = x.reshape(2, 3, -1)
+        return y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + 1e-6) * w
+
+    inputs = {"x": normal(0, 6, 100, 4), "w": normal(1, 400)}
+    _, outcome = check(function, inputs, [FuseRmsNorm()], count=1, terms=16, dynamic=True, verify=True)
+    assert outcome.rewrites[0].error is not None
