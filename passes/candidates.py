@@ -16,8 +16,6 @@ from .prefix import Prefix
 from .sensitivity import Candidate
 from .survey import Survey, Use
 
-SAME = (("rows", "rows"), ("columns", "columns"))
-"""Storage and use of which the input's channels run along the stored rows."""
 HEAD = "the head and the embeddings stay as they are unless asked for: other libraries read their weights"
 TRAINED = "it is trained"
 
@@ -112,7 +110,7 @@ def _run(prefixes: Sequence[Prefix], block: nn.Module | None) -> None:
 
 def _store(candidate: Candidate) -> None:
     weight, statistics = candidate.matrix(), candidate.use.statistics
-    along_rows = weight.shape[-1] == statistics.in_features and (candidate.layout, candidate.use.layout) in SAME
+    along_rows = candidate.layout == candidate.use.layout  # the input's channels run along the stored rows
     for name in candidate.formats:
         silent = FORMATS[name].feedback and not statistics.mean_square.any()  # no input, no error to make good
         if FORMATS[name].kind == "dense" or silent:

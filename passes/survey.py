@@ -28,7 +28,7 @@ class Use:
 
 
 class Survey:
-    """Watches the products of a model while :meth:`watching` it: the graphs that Dynamo captures call :meth:`_note`."""
+    """Watches the products of a model during :meth:`watch`: the graphs that Dynamo captures call :meth:`_note`."""
 
     def __init__(self, model: nn.Module, root: nn.Module) -> None:
         self.model, self.root = model, root

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from weft import optimize, plan_precision, undo
+from weft import PrecisionPlan, optimize, plan_precision, undo
 from weft.kernels.fake_quantize import OUTLIER, fake_quantize, fake_quantize_rows
 from weft.passes.fake_quantize import FakeQuantize
 from weft.qat import convert, qat_passes
@@ -74,6 +74,18 @@ def train(model: nn.Module, steps: int = 3) -> list[float]:
     return losses
 
 
+def assert_stored_as_trained(model: nn.Module, plan: PrecisionPlan) -> None:
+    """Converting changes no prediction."""
+    model.eval()
+    with torch.no_grad():
+        seen = model(**batch()).logits
+    convert(model, plan, mode="inference")
+    with torch.no_grad():
+        stored = model(**batch()).logits
+    # bitsandbytes' CPU product may run in bfloat16
+    torch.testing.assert_close(stored, seen, rtol=2e-2, atol=2e-2 * float(seen.abs().max()))
+
+
 @pytest.mark.parametrize("make", [llama, gpt2])
 def test_trained_fully_and_converted(make: Any) -> None:
     model = make()
@@ -85,14 +97,7 @@ def test_trained_fully_and_converted(make: Any) -> None:
     assert any(r.rule == "fake_quantize" for r in model.rewrite_report.rewrites)
     losses = train(model)
     assert losses[0] != pytest.approx(plain, abs=1e-6) and losses[-1] < losses[0]
-    model.eval()
-    with torch.no_grad():
-        seen = model(**batch()).logits
-    convert(model, plan, mode="inference")
-    with torch.no_grad():
-        stored = model(**batch()).logits
-    # bitsandbytes' CPU product may run in bfloat16
-    torch.testing.assert_close(stored, seen, rtol=2e-2, atol=2e-2 * float(seen.abs().max()))
+    assert_stored_as_trained(model, plan)
 
 
 def test_the_gradient_is_that_of_the_weight_as_it_is_stored() -> None:
@@ -122,13 +127,7 @@ def test_with_adapters() -> None:
     assert {"fake_quantize", "lora_linear"} <= rules
     losses = train(model)
     assert losses[-1] < losses[0]
-    model.eval()
-    with torch.no_grad():
-        seen = model(**batch()).logits
-    convert(model, plan, mode="inference")
-    with torch.no_grad():
-        stored = model(**batch()).logits
-    torch.testing.assert_close(stored, seen, rtol=2e-2, atol=2e-2 * float(seen.abs().max()))
+    assert_stored_as_trained(model, plan)
 
 
 def test_int8_with_activations() -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -61,16 +60,19 @@ def convert(model: nn.Module, plan: PrecisionPlan, **options: Any) -> nn.Module:
 
 def planned_formats(model: nn.Module, plan: PrecisionPlan) -> dict[str, str]:
     """The format of each parameter, by its name in ``model``, which may have adapters that the plan's model had not."""
+    return {name: PLAIN.get(f, f) for name, f in zip(_names(model, plan), plan.formats, strict=True)}
+
+
+def _names(model: nn.Module, plan: PrecisionPlan) -> list[str]:
+    """What the plan's layers are called in ``model``, in the plan's order."""
     root = innermost(model)
     prefix = next(path for path, m in model.named_modules() if m is root)
     names = {_without_adapters(n.removeprefix(f"{prefix}.")): n for n, _ in model.named_parameters()}
     names |= {_without_adapters(n): n for n, _ in model.named_parameters()}
-    found = {}
-    for layer, format_name in zip(plan.layers, plan.formats, strict=True):
-        if layer.path not in names:
-            raise PrecisionError(f"the plan is for another model: it has {layer.path}, this model does not")
-        found[names[layer.path]] = PLAIN.get(format_name, format_name)
-    return found
+    missing = next((layer.path for layer in plan.layers if layer.path not in names), None)
+    if missing is not None:
+        raise PrecisionError(f"the plan is for another model: it has {missing}, this model does not")
+    return [names[layer.path] for layer in plan.layers]
 
 
 def _without_adapters(name: str) -> str:
@@ -79,13 +81,9 @@ def _without_adapters(name: str) -> str:
 
 def plain(plan: PrecisionPlan, model: nn.Module) -> PrecisionPlan:
     """``plan`` with plain formats, for the names that parameters have in ``model``."""
-    names = {p: n.removesuffix(".weight") for p, n in zip(_paths(plan), planned_formats(model, plan), strict=True)}
-    layers = tuple(_plain_layer(layer, names[layer.path]) for layer in plan.layers)
+    pairs = zip(plan.layers, _names(model, plan), strict=True)
+    layers = tuple(_plain_layer(layer, name.removesuffix(".weight")) for layer, name in pairs)
     return replace(plan, layers=layers, formats=tuple(PLAIN.get(f, f) for f in plan.formats), measured=(), kl=None)
-
-
-def _paths(plan: PrecisionPlan) -> Sequence[str]:
-    return [layer.path for layer in plan.layers]
 
 
 def _plain_layer(layer: Layer, path: str) -> Layer:
