@@ -50,15 +50,15 @@ class Group:
     limit: float = 5e-3
 
 
-def by_loads() -> Any:
-    """The dequantization kernel whose look-ups are loads."""
-    names = {**vars(deq), "SHUFFLES": tl.constexpr(False)}
-    for name in ("lane_table", "look_up", "_dequantize"):
-        given = vars(deq)[name].fn
+def by_loads() -> dict[tuple[Any, str], Any]:
+    """Settings under which decoding looks up the code by loads: copies of its kernels that read another constant."""
+    names = {**vars(mv), "SHUFFLES": tl.constexpr(False)}
+    for name in ("lane_table", "look_up", "_one_row", "_several_rows"):
+        given = vars(mv)[name].fn
         copy = FunctionType(given.__code__, names, name)
         copy.__annotations__, copy.__module__ = given.__annotations__, given.__module__
         names[name] = triton.jit(copy)
-    return names["_dequantize"]
+    return {(mv, name): names[name] for name in ("_one_row", "_several_rows")}
 
 
 def _grid(call: Callable[..., Any], **choices: tuple[Sequence[tuple[Any, str]], Sequence[Any]]) -> Iterator[Variant]:
@@ -103,17 +103,16 @@ def _dequantization(outs: int, ins: int) -> Group:
     def exact(weight: list[Tensor], layout: str, dtype: torch.dtype, table: Tensor) -> Tensor:
         return deq.reference(weight, layout, dtype)
 
-    variants = list(_grid(ours, unroll=([(deq, "UNROLL")], (1, 2, 4, 8)), warps=([(deq, "WARPS")], (2, 4, 8))))
-    variants.append(Variant("loads", ours, {(deq, "_dequantize"): by_loads()}))
+    variants = list(_grid(ours, unroll=([(deq, "UNROLL")], (2, 4)), warps=([(deq, "WARPS")], (2, 4))))
     variants.append(Variant("bitsandbytes", bitsandbytes_dequantize))
     variants.append(Variant("compiled eager", torch.compile(eager_dequantize, dynamic=False)))
-    return Group(f"dequantize {outs}x{ins}", inputs, exact, outs * ins * 5 // 2 + outs * ins // 64, variants, 0.0)
+    return Group(f"dequantize {outs}x{ins}", inputs, exact, outs * ins * 5 // 2 + outs * ins // 64, variants, 1e-5)
 
 
 def decodings(sizes: Sizes) -> list[Group]:
     """One token through each linear, and a few through the largest."""
     down = _decoding(1, sizes.hidden, sizes.intermediate)
-    several = [_decoding(rows, sizes.intermediate, sizes.hidden) for rows in (2, 8, 16)]
+    several = [_decoding(rows, sizes.intermediate, sizes.hidden) for rows in (2, 4, 16)]
     return [*(_decoding(1, outs, sizes.hidden) for outs in _outs(sizes)), down, *several]
 
 
@@ -131,16 +130,16 @@ def _decoding(count: int, outs: int, ins: int) -> Group:
 
         return base_linear(x, weight, layout)
 
-    one = [Tile(*t) for t in product((4, 8, 16), (256, 512, 1024), (4, 8)) if 32 <= t[0] * t[1] // t[2] // 8 <= 256]
-    several = [Tile(*t) for t in product((16, 32, 64), (16, 32, 64), (4, 8), (1, 2)) if 512 <= t[0] * t[1] <= 2048]
-    place, tiles = ("ONE_ROW", one) if count == 1 else ("SEVERAL", several)
-    few = {(mv, "FEW_ROWS"): 16}
-    variants = [
-        Variant(
-            f"outs={t.outs} words={t.words} warps={t.warps} stages={t.stages}", quant_linear, {(mv, place): t, **few}
-        )
-        for t in tiles
-    ]
+    one = [Tile(*t) for t in product((4, 8), (256, 512), (4, 8))]
+    several = [Tile(64, 32, 4, 2), Tile(32, 64, 4), Tile(64, 32, 8), Tile(32, 32, 4)]
+    places = ("ONE_ROW", "NARROW") if count <= mv.ALONE else ("SEVERAL",)
+    variants = []
+    for tile in one if count <= mv.ALONE else several:
+        name = f"outs={tile.outs} words={tile.words} warps={tile.warps} stages={tile.stages}"
+        variants.append(Variant(name, quant_linear, {(mv, place): tile for place in places}))
+    variants.append(Variant("loads", quant_linear, by_loads()))
+    if 1 < count <= mv.ALONE:
+        variants.append(Variant("together", quant_linear, {(mv, "ALONE"): 1}))
     variants += [Variant("dense", quant_linear, {(mv, "FEW_ROWS"): 0}), Variant("bitsandbytes", theirs)]
     moved = outs * ins // 2 + outs * ins // 64 + 2 * count * (outs + ins)
     return Group(f"decode {count} row {outs}x{ins}", inputs, exact, moved, variants, 8e-3)
@@ -163,7 +162,7 @@ def norms(sizes: Sizes) -> list[Group]:
     groups = []
     for module, call, exact in ((rms, _rms, _exact_rms), (ln, _layer, _exact_layer)):
         name = module.__name__.rsplit(".", 1)[-1]
-        tried = list(_grid(call, per_thread=([(module, "PER_THREAD")], (16, 32, 64))))
+        tried = list(_grid(call, per_thread=([(module, "PER_THREAD")], (16, 32))))
         if module is rms:
             eager = torch.compile(lambda x, weight, bias: eager_rms_norm(x, weight, EPS), dynamic=False)
             tried.append(Variant("compiled eager", eager))
@@ -175,13 +174,11 @@ def norms(sizes: Sizes) -> list[Group]:
         tried = list(
             _grid(
                 call,
-                per_thread=([(module, "PER_THREAD_BACKWARD")], (8, 16, 32)),
-                resident=([(rows, "RESIDENT_WARPS")], (8, 16, 32)),
-                stages=([(rows, "STAGES")], (1, 2, 3, 4)),
+                per_thread=([(rows, "PER_THREAD_BACKWARD")], (16, 32)),
+                resident=([(rows, "RESIDENT_WARPS")], (8, 16)),
+                stages=([(rows, "STAGES")], (3, 4)),
             )
         )
-        tried += _grid(call, total_cols=([(rows, "TOTAL_COLS")], (8, 32)))
-        tried += _grid(call, tile=([(rows, "TILE")], (8192,)), resident=([(rows, "RESIDENT_WARPS")], (16, 32)))
         tried.append(Variant("frozen", _rms_back_frozen if module is rms else _layer_back_frozen))
         groups.append(Group(f"{name} backward", gradients, exact, 3 * moved, tried))
     return groups
@@ -241,9 +238,7 @@ def ropes(sizes: Sizes) -> list[Group]:
     def exact(**tensors: Tensor) -> Any:
         return rope.reference(**{name: t.double() for name, t in tensors.items()})
 
-    variants = list(
-        _grid(rope.rope, tile=([(rope, "TILE")], (1024, 2048, 4096, 8192)), warps=([(rope, "WARPS")], (2, 4, 8, 16)))
-    )
+    variants = list(_grid(rope.rope, tile=([(rope, "TILE")], (2048, 4096)), warps=([(rope, "WARPS")], (4, 8))))
     variants.append(Variant("compiled eager", torch.compile(eager_rope, dynamic=False)))
     elements = sizes.tokens * (sizes.heads + sizes.kv_heads) * sizes.head_dim
     return [Group("rope", inputs, exact, 4 * elements + 4 * sizes.length * sizes.head_dim, variants)]

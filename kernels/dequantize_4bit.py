@@ -5,8 +5,7 @@
 Equal to bitsandbytes bit for bit. No gradient: the weight is frozen. Source: QLoRA (arXiv:2305.14314).
 
 A thread takes a word of eight weights and writes them as 16 bytes (in bfloat16), so that a warp's accesses are whole cache
-lines and a word has one scale. The 16 values of the code lie in the lanes of each half warp, where a shuffle fetches
-one by its nibble in a single instruction: half of what a load from the first-level cache needs with its address.
+lines and a word has one scale. The 16 values of the code are loads from the first-level cache: memory is what it waits for.
 """
 
 # Pyright knows Triton's tuples and static loops only as what they are outside of a kernel.
@@ -23,27 +22,12 @@ from torch import Tensor
 
 from ..quant import four_bit
 from ..quant.layout import Layout
-from .dispatch import INTERPRETED, use_triton
+from .dispatch import use_triton
 from .rows import rounded
 from .toolchain import tl, triton
 
-WARPS, UNROLL = 4, 4
+WARPS, UNROLL = 4, 2
 """Warps of a program, and the words that each thread has under way at a time."""
-
-SHUFFLES = tl.constexpr(not INTERPRETED and torch.version.hip is None)
-"""Whether look-ups are PTX instructions. Elsewhere they are loads."""
-
-_SHIFTS = (4, 0, 12, 8, 20, 16, 28, 24)
-_LANE = tl.constexpr(
-    "{ .reg .b32 lane; .reg .b64 at; mov.u32 lane, %laneid; and.b32 lane, lane, 15; mad.wide.u32 at, lane, 4, $1;"
-    " ld.global.nc.b32 $0, [at]; }"
-)
-# 0x101f: a lane counts from the begin of its half warp, by the lowest four bits
-_SHUFFLE = tl.constexpr(
-    "{ .reg .b32 n;"
-    + "".join(f" shr.u32 n, $8, {s}; shfl.sync.idx.b32 ${i}, $9, n, 0x101f, -1;" for i, s in enumerate(_SHIFTS))
-    + " }"
-)
 
 NATIVE_CPU = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE_CPU_BLOCK = 1024
@@ -68,26 +52,11 @@ def block_scale(absmax, nested_absmax, nested_code, nested_offset, block, mask, 
 
 
 @triton.jit
-def lane_table(code, like):
-    """What :func:`look_up` reads, for words in the shape of ``like``: the code's value of each lane, or where they are."""
-    table = code + like * 0
-    if SHUFFLES:
-        table = tl.inline_asm_elementwise(_LANE, "=f,l", [table], dtype=tl.float32, is_pure=True, pack=1)
-    return table
-
-
-@triton.jit
-def look_up(table, bits):
+def looked_up(code, bits):
     """The eight values of the code, in order, that each word of ``bits`` stands for."""
-    if SHUFFLES:
-        values = tl.inline_asm_elementwise(
-            _SHUFFLE, "=f,=f,=f,=f,=f,=f,=f,=f,r,f", [bits, table], is_pure=False, pack=1,
-            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
-        )  # fmt: skip
-    else:
-        values = ()
-        for i in tl.static_range(8):
-            values = values + (tl.load(table + ((bits >> ((i * 4) ^ 4)) & 15)),)
+    values = ()
+    for i in tl.static_range(8):
+        values = values + (tl.load(code + ((bits >> ((i * 4) ^ 4)) & 15)),)
     return values
 
 
@@ -129,9 +98,8 @@ def _dequantize(
         bits = bits + (tl.load(words + word, mask=mask, other=0),)
         block = word // (BLOCK_SIZE // 8)
         scales = scales + (block_scale(absmax, nested_absmax, nested_code, nested_offset, block, mask, NESTED),)
-    table = lane_table(code, lane)
     for i in tl.static_range(UNROLL):
-        found, values = look_up(table, bits[i]), ()
+        found, values = looked_up(code, bits[i]), ()
         for j in tl.static_range(8):
             values = values + (found[j] * scales[i],)
         values = tl.reshape(stacked(values, 8), [8 * WORDS])

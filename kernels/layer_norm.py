@@ -21,7 +21,7 @@ from . import rows as R
 from .dispatch import compute_dtype, owned
 from .toolchain import tl, triton
 
-PER_THREAD, PER_THREAD_BACKWARD = 32, 16
+PER_THREAD = 32
 
 
 def reference(
@@ -156,7 +156,7 @@ def _launch_backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, dweight and dbias, the latter two in the dtype of what they belong to; None for one not needed."""
     dx = torch.empty_like(x) if needs[0] else None
-    count, options = R.blocks(x, PER_THREAD_BACKWARD)
+    count, options = R.blocks(x, R.PER_THREAD_BACKWARD)
     count = R.spread(x, count, options, any(needs[1:]), (x, grad))
     partial = R.partial_sums(x, count if any(needs[1:]) else 0, 2)
     options |= {"offset": offset, "HAS_WEIGHT": weight is not None}

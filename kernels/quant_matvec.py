@@ -5,6 +5,9 @@ outputs, and its sums until the end, so that a weight costs little more than a s
 
     y[o] = bias[o] + sum over blocks (scale[o, block] · sum over the block (code[q[o, i]] · x[i]))
 
+The 16 values of the code lie in the lanes of each half warp, where a shuffle fetches one by its nibble in a single
+instruction: half of what a load from the first-level cache needs with its address.
+
 Several rows: a weight is rounded to the dtype of x, as any other linear would have it, and meets all of them in the
 matrix units, which take 16 rows at the price of one.
 """
@@ -22,7 +25,8 @@ import torch
 from torch import Tensor
 
 from ..quant.layout import Layout
-from .dequantize_4bit import SHUFFLES, arguments, block_scale, lane_table, look_up, stacked
+from . import dispatch
+from .dequantize_4bit import arguments, block_scale, looked_up, stacked
 from .rows import INTERPRETED, rounded
 from .toolchain import tl, triton
 
@@ -37,11 +41,30 @@ class Tile:
     stages: int = 1
 
 
-ONE_ROW, SEVERAL = Tile(8, 512, 4), Tile(32, 32, 4)
-FEW_ROWS = 8
-"""Up to here these kernels beat dequantizing first."""
+ONE_ROW, SEVERAL = Tile(8, 256, 4), Tile(64, 32, 4, 2)
+NARROW, NARROW_OUTS = Tile(4, 512, 4), 2048
+"""For one row and so few outputs that programs of eight would leave multiprocessors idle."""
+ALONE = 2
+"""Up to here rows are sooner done each by itself than together in the matrix units."""
+FEW_ROWS, FEW_WIDE_ROWS = 16, 4
+"""Up to here these kernels beat dequantizing first; in float32, whose rows are always done each by itself."""
 LEAST_ROWS = 16
 """Rows of the matrix units' smallest operand."""
+
+SHUFFLES = tl.constexpr(not dispatch.INTERPRETED and torch.version.hip is None)
+"""Whether look-ups are PTX instructions. Elsewhere they are loads."""
+
+_SHIFTS = (4, 0, 12, 8, 20, 16, 28, 24)
+_LANE = tl.constexpr(
+    "{ .reg .b32 lane; .reg .b64 at; mov.u32 lane, %laneid; and.b32 lane, lane, 15; mad.wide.u32 at, lane, 4, $1;"
+    " ld.global.nc.b32 $0, [at]; }"
+)
+# 0x101f: a lane counts from the begin of its half warp, by the lowest four bits
+_SHUFFLE = tl.constexpr(
+    "{ .reg .b32 n;"
+    + "".join(f" shr.u32 n, $8, {s}; shfl.sync.idx.b32 ${i}, $9, n, 0x101f, -1;" for i, s in enumerate(_SHIFTS))
+    + " }"
+)
 
 _BEGIN = "{ .reg .pred p; .reg .b32 a<8>; setp.ne.b32 p, $9, 0;" + "".join(f" mov.b32 a{i}, 0;" for i in range(8))
 _BEGIN += " @p ld.global.nc.v4.b32 {a0, a1, a2, a3}, [$8];"
@@ -51,6 +74,28 @@ _WIDE = tl.constexpr(
     + " }"
 )
 _NARROW = tl.constexpr(_BEGIN + "".join(f" mov.b32 {{${2 * i}, ${2 * i + 1}}}, a{i};" for i in range(4)) + " }")
+
+
+@triton.jit
+def lane_table(code, like):
+    """What :func:`look_up` reads, for words in the shape of ``like``: the code's value of each lane, or where they are."""
+    table = code + like * 0
+    if SHUFFLES:
+        table = tl.inline_asm_elementwise(_LANE, "=f,l", [table], dtype=tl.float32, is_pure=True, pack=1)
+    return table
+
+
+@triton.jit
+def look_up(table, bits):
+    """The eight values of the code, in order, that each word of ``bits`` stands for."""
+    if SHUFFLES:
+        values = tl.inline_asm_elementwise(
+            _SHUFFLE, "=f,=f,=f,=f,=f,=f,=f,=f,r,f", [bits, table], is_pure=False, pack=1,
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32, tl.float32),
+        )  # fmt: skip
+    else:
+        values = looked_up(table, bits)
+    return values
 
 
 @triton.jit
@@ -159,7 +204,8 @@ def serves(x: Tensor, layout: Layout) -> bool:
     whole = layout.is_4bit and layout.in_features % layout.block_size == 0
     # Words are counted in int32.
     small = layout.out_features * layout.in_features < 2**34
-    return whole and small and 0 < x.shape[0] <= FEW_ROWS and x.dtype != torch.float64
+    few = FEW_WIDE_ROWS if x.dtype == torch.float32 else FEW_ROWS
+    return whole and small and 0 < x.shape[0] <= few and x.dtype != torch.float64
 
 
 def matvec(x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
@@ -171,8 +217,8 @@ def matvec(x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None)
     # 16 bytes are read at a time.
     x = x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
     # The matrix units would round a float32.
-    alone = rows == 1 or x.dtype == torch.float32
-    tile, kernel = (ONE_ROW, _one_row) if alone else (SEVERAL, _several_rows)
+    alone = rows <= ALONE or x.dtype == torch.float32
+    tile, kernel = (NARROW if outs <= NARROW_OUTS else ONE_ROW, _one_row) if alone else (SEVERAL, _several_rows)
     tensors, sizes = arguments(weight, layout)
     given = (x, *tensors, y if bias is None else bias.contiguous(), y, *(() if alone else (rows,)), outs)
     options = {

@@ -25,7 +25,7 @@ from .toolchain import tl, triton
 
 EpsMode = Literal["inside", "outside", "clamp"]
 
-PER_THREAD, PER_THREAD_BACKWARD = 32, 16
+PER_THREAD = 16
 
 
 def reference(
@@ -162,7 +162,7 @@ def _launch_backward(
     needs_weight: bool, eps: float, offset: float, mode: str,
 ) -> Tensor:  # fmt: skip
     """Fills ``dx`` if there is one, and returns the weight's gradient, nothing if it is not needed."""
-    count, options = R.blocks(x, PER_THREAD_BACKWARD)
+    count, options = R.blocks(x, R.PER_THREAD_BACKWARD)
     count = R.spread(x, count, options, needs_weight, (x, grad, extra))
     partial = R.partial_sums(x, count if needs_weight else 0)
     options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}

@@ -27,7 +27,7 @@ from .toolchain import tl, triton
 
 TILE = 2048
 """Pairs that a program turns at a time."""
-WARPS = 4
+WARPS = 8
 
 
 def reference(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor | None, **options: Any) -> tuple[Tensor, Tensor]:

@@ -23,8 +23,8 @@ LONGEST = 16384
 """Longest row, in elements, that a program holds in registers at once; it walks over longer ones block by block."""
 TILE = 4096
 """Elements that a program takes at a time if its rows are shorter than this."""
-RESIDENT_WARPS = 16
-"""Warps of a backward kernel for which a multiprocessor has registers."""
+PER_THREAD_BACKWARD, RESIDENT_WARPS = 32, 8
+"""Elements that a thread of a backward kernel takes, and warps of it for which a multiprocessor has registers."""
 STAGES, SHARED_BYTES = 3, 96 * 1024
 """How many blocks a backward has under way, this one included, and the shared memory that the others may take."""
 TOTAL_ROWS, TOTAL_COLS, TOTAL_WARPS = 512, 16, 8

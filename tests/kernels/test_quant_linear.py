@@ -62,15 +62,17 @@ def linears(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
 @given(data=st.data())
 def test_matches_float64(name: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
     inputs, words = data.draw(linears(dtype)), data.draw(st.sampled_from((4, 32)))
-    tiles = {"ONE_ROW": Tile(8, 16 * words, 4), "SEVERAL": Tile(32, words, 4)}
-    with backend(name), patch.multiple(quant_matvec, **tiles):
+    tiles = {"ONE_ROW": Tile(8, 16 * words, 4), "NARROW": Tile(4, 16 * words, 4), "SEVERAL": Tile(32, words, 4)}
+    limits = {"NARROW_OUTS": data.draw(st.sampled_from((0, 2048))), "ALONE": data.draw(st.sampled_from((1, 2)))}
+    with backend(name), patch.multiple(quant_matvec, **tiles, **limits):
         assert_accurate(quant_linear, reference, inputs, reduction=128, scale=terms(inputs["x"]))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 3, 8])
-def test_few_rows_take_the_matrix_vector_kernel(dtype: torch.dtype, rows: int) -> None:
-    weight, x = packed_weight(BLOCKS, 0), normal(1, (rows, 64), dtype)
+@pytest.mark.parametrize("rows", [1, 2, 3, None])
+def test_few_rows_take_the_matrix_vector_kernel(dtype: torch.dtype, rows: int | None) -> None:
+    most = quant_matvec.FEW_WIDE_ROWS if dtype == torch.float32 else quant_matvec.FEW_ROWS
+    weight, x = packed_weight(BLOCKS, 0), normal(1, (rows or most, 64), dtype)
     with backend("triton"), patch.object(module, "dequantized", side_effect=AssertionError):
         got = quant_linear(x, weight, BLOCKS.encode())
     assert torch.allclose(got, reference(x, weight, BLOCKS.encode()), rtol=0.02, atol=0.02)
