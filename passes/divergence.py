@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-ROWS = 1024
-"""Predictions compared at a time: float32 copies of a large vocabulary's logits are large."""
+VALUES = 2**25
+"""Logits compared at a time: float32 copies of those of a large vocabulary are large."""
 
 
 def logits_of(output: Any) -> Tensor:
@@ -42,12 +42,13 @@ def divergence(before: Tensor, after: Tensor, mask: Tensor | None = None) -> flo
     """
     before, after = (t.reshape(-1, t.shape[-1]) for t in (before, after))
     kept = None if mask is None else mask.reshape(-1) != 0
-    total = 0.0
-    for i in range(0, before.shape[0], ROWS):
-        p, q = (t[i : i + ROWS].float().log_softmax(-1) for t in (before, after))
+    count = max(1, VALUES // max(1, before.shape[-1]))
+    total = torch.zeros((), dtype=torch.float64, device=before.device)
+    for i in range(0, before.shape[0], count):
+        p, q = (t[i : i + count].float().log_softmax(-1) for t in (before, after))
         rows = torch.where(p == -torch.inf, 0.0, p.exp() * (p - q)).sum(-1)
-        total += float(rows.sum() if kept is None else rows[kept[i : i + ROWS]].sum())
-    return total
+        total += (rows if kept is None else rows[kept[i : i + count]]).sum(dtype=torch.float64)
+    return float(total)
 
 
 def mask_of(inputs: Mapping[str, Any], logits: Tensor) -> Tensor | None:

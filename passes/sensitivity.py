@@ -9,12 +9,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..quant.formats import Stored, dequantize
 from ..rewrite.errors import CalibrationError
 from .divergence import divergence, is_finite, logits_of, mask_of, predictions
 from .prefix import Prefix
 from .survey import Use
+
+MOST_OPERATIONS = 3e16
+"""Floating-point operations that measuring every weight alone may take: a minute or two of a large GPU."""
 
 
 @dataclass
@@ -71,20 +75,41 @@ class Sensitivity:
     forwards: float = 0.0
     """How many forwards were run, partial ones counted by their share of the blocks."""
 
+    def sample(self, layers: Sequence[Candidate], operations: float | None = None) -> Sequence[Mapping[str, Any]]:
+        """As many of the batches, evenly spaced, as :meth:`alone` can measure in so many operations; one at least.
+
+        None stands for :data:`MOST_OPERATIONS`.
+
+        Of the first batch the products are counted, and the others taken to be alike.
+        """
+        if len(self.batches) < 2:
+            return self.batches
+        prefix = Prefix(self.model, list(self.blocks), self.batches[0])
+        with FlopCounterMode(display=False) as counter:
+            prefix.record(results=False)
+        self.forwards += 1
+        shares = [(1 - _start(prefix, la) / max(1, len(prefix.calls))) * len(la.stored) for la in layers]
+        count = int((operations or MOST_OPERATIONS) / max(1.0, sum(shares) * counter.get_total_flops()))
+        whole = len(self.batches)
+        count = min(max(count, 1), whole)
+        return [self.batches[i * whole // count] for i in range(count)]
+
     def alone(
-        self, layers: Sequence[Candidate], each: Callable[[], object] = lambda: None
-    ) -> dict[str, dict[str, float]]:
+        self, layers: Sequence[Candidate], each: Callable[[], object] = lambda: None,
+        batches: Sequence[Mapping[str, Any]] | None = None,
+    ) -> dict[str, dict[str, float]]:  # fmt: skip
         """For each layer and stored format, the divergence where that layer alone is stored so, in nats a prediction.
 
         Args:
             each: called after every layer of every batch, for progress.
+            batches: of :attr:`batches`, those to measure on; None: all.
 
         Raises:
             CalibrationError: the model itself predicts NaN or infinity, or one number, or a mask keeps no prediction.
         """
         totals = {layer.name: dict.fromkeys(layer.stored, 0.0) for layer in layers}
         count = 0
-        for inputs in self.batches:
+        for inputs in self.batches if batches is None else batches:
             prefix = Prefix(self.model, list(self.blocks), inputs)
             before = _finite(logits_of(prefix.record()))
             self.forwards += 1
@@ -104,20 +129,18 @@ class Sensitivity:
     def together(self, layers: Sequence[Candidate]) -> Iterator[Callable[[Mapping[str, str]], float]]:
         """A function that measures the divergence where every layer is stored as a choice says, in nats a prediction.
 
-        Weights that are exchanged wait in the host's memory, as do the predictions of the model as it was: the device holds
-        one copy of each weight.
+        Weights are written over in place, and wait in the host's memory, as do the predictions of the model as it was: the
+        device holds one copy of each weight, whoever else refers to it.
         """
         references = [_finite(logits_of(self._run(inputs))).cpu() for inputs in self.batches]
-        originals = dict[str, Tensor]()
-        current = {layer.name: "" for layer in layers}
+        originals = {layer.name: layer.use.parameter.data.to("cpu", copy=True) for layer in layers}
+        current = dict.fromkeys(originals, "")
 
         def put(layer: Candidate, name: str) -> None:
-            parameter = layer.use.parameter
-            if layer.name not in originals:
-                originals[layer.name] = parameter.data.cpu()
-            stored = name in layer.stored
-            parameter.data = layer.put(name) if stored else originals[layer.name].to(parameter.device)
+            wanted = layer.put(name) if name in layer.stored else originals[layer.name]
             current[layer.name] = name
+            with torch.inference_mode():  # tensors made in it can be written to nowhere else
+                layer.use.parameter.data.copy_(wanted)
 
         def measure(choice: Mapping[str, str]) -> float:
             for layer in layers:
@@ -136,7 +159,7 @@ class Sensitivity:
             yield measure
         finally:
             for layer in layers:
-                if layer.name in originals:
+                if current[layer.name]:
                     put(layer, "")
 
     def _run(self, inputs: Mapping[str, Any]) -> Any:

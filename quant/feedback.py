@@ -84,7 +84,9 @@ def inverse_factor(hessian: Tensor, damping: float = DAMPING) -> Tensor:
         raise QuantizationError(f"the inputs' second-moment matrix has a mean diagonal of {mean.item()}")
     damped = hessian / mean
     damped.diagonal().add_(damping)
-    lower, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+    damped = damped.flip(0, 1)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    del damped  # each of these matrices may take a gigabyte
     if failed.item():
         raise QuantizationError(f"the inputs' second-moment matrix is not positive definite with damping {damping}")
     identity = torch.eye(len(hessian), device=hessian.device)

@@ -204,8 +204,9 @@ def _plan(
 ) -> PrecisionPlan:
     """Measure every weight alone, then the most promising choices whole."""
     free = [c for c in found if not c.pinned]
-    with tqdm(total=len(free) * len(sensitivity.batches), desc="measuring", leave=False, disable=None) as bar:
-        alone = sensitivity.alone(free, bar.update)
+    some, batches = sensitivity.sample(free), sensitivity.batches
+    with tqdm(total=len(free) * len(some), desc="measuring", leave=False, disable=None) as bar:
+        alone = sensitivity.alone(free, bar.update, some)
     layers = tuple(_layer(model, c, alone.get(c.name, {})) for c in found)
     fixed = model_bytes(model) - sum(layer.option("16-bit").bytes for layer in layers)
     by_path = {layer.path: c for layer, c in zip(layers, found, strict=True) if not c.pinned}
@@ -216,7 +217,10 @@ def _plan(
 
         plan = make_plan(layers, fixed, options.budget, measured, options.measurements, [note])
     work = f"{len(free)} weights measured alone and {len(plan.measured)} whole choices: {sensitivity.forwards:.0f} forwards"
-    return replace(plan, notes=(*plan.notes, work))
+    fewer = (
+        f"alone on {len(some)} of the {len(batches)} batches only, for all would take too long; whole choices on all"
+    )
+    return replace(plan, notes=(*plan.notes, work, *([fewer] if len(some) < len(batches) else [])))
 
 
 def _layer(model: nn.Module, candidate: Candidate, alone: Mapping[str, float]) -> Layer:
