@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from weft.errors import WeftError
 
-class QuantizationError(ValueError):
+
+class QuantizationError(WeftError, ValueError):
     """A weight cannot be stored in a format: NaN or infinity in it, nothing in it, a dtype or shape the format lacks."""
 
 
-class PlanError(ValueError):
+class PlanError(WeftError, ValueError):
     """A plan, a budget or what a plan is made from has no meaning, or a plan's file cannot be read."""
 
 

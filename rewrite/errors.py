@@ -1,10 +1,8 @@
-"""Every error that weft raises on purpose. Each message names the module or file, what is wrong, and what to do."""
+"""Every error of the engine and the face. Each message names the module or file, what is wrong, and what to do."""
 
 from __future__ import annotations
 
-
-class WeftError(Exception):
-    """Base of all errors raised by weft."""
+from weft.errors import WeftError
 
 
 class UnsupportedModelError(WeftError, ValueError):

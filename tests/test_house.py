@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import importlib.resources
 import re
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 
 import pytest
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
+
+import weft
 
 ROOT = Path(__file__).resolve().parent.parent
 MAY_IMPORT = {
@@ -19,6 +22,8 @@ MAY_IMPORT = {
     "passes": {"passes", "rewrite", "quant", "kernels"},
     "weft": {"weft", "rewrite", "passes", "kernels", "quant"},
 }
+COMMON = "errors"
+"""The module of the face that every folder may import: it imports nothing."""
 ENGINE = tuple(f for f in MAY_IMPORT if f != "weft")
 COMMON_WORDS = {"align", "bit", "clip", "encoderdecoder"}
 """Names of model types that are words of English or of torch first."""
@@ -48,6 +53,8 @@ def imported_folders(tree: ast.AST, own: str) -> Iterator[str]:
         else:
             continue
         for path in paths:
+            if path[:2] == ["weft", COMMON]:
+                continue
             if path[0] == "weft":
                 yield path[1] if len(path) > 1 and path[1] in MAY_IMPORT else "weft"
             elif path[0] in MAY_IMPORT:
@@ -98,6 +105,16 @@ def undocumented(tree: ast.Module) -> list[str]:
     return found
 
 
+def exceptions() -> Iterator[type[BaseException]]:
+    """The public classes of exceptions that the five folders define."""
+    for path in sources(*MAY_IMPORT):
+        parts = path.relative_to(ROOT).with_suffix("").parts
+        classes = [n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.ClassDef) and n.name[0] != "_"]
+        if any(name.endswith("Error") for name in classes):
+            module = importlib.import_module(".".join(parts if parts[0] == "weft" else ("weft", *parts)))
+            yield from (c for c in (getattr(module, n) for n in classes) if issubclass(c, BaseException))
+
+
 @pytest.mark.parametrize("path", sources(*MAY_IMPORT), ids=name_of)
 def test_imports_follow_the_direction_of_the_house(path: Path) -> None:
     """The third column of the table in docs/architecture.md."""
@@ -123,6 +140,13 @@ def test_what_is_public_is_documented(path: Path) -> None:
     assert undocumented(ast.parse(path.read_text())) == []
 
 
+def test_every_error_can_be_caught_as_one() -> None:
+    """Public classes of exceptions, in whatever folder, derive from ``WeftError``, whose module imports nothing."""
+    assert len(raised := list(exceptions())) > 10 and not [c for c in raised if not issubclass(c, weft.WeftError)]
+    common = ast.parse((ROOT / "weft" / f"{COMMON}.py").read_text())
+    assert not [n for n in ast.walk(common) if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
 def test_types_are_shipped() -> None:
     """Type checkers read the annotations of the installed package."""
     assert importlib.resources.files("weft").joinpath("py.typed").is_file()
@@ -141,6 +165,9 @@ def test_types_are_shipped() -> None:
         ("weft", "from .api import optimize", {"weft"}),
         ("weft", "from .rewrite.errors import WeftError", {"rewrite"}),
         ("quant", "import torch.library", set()),
+        ("quant", "from weft.errors import WeftError", set()),
+        ("quant", "from ..errors import WeftError", set()),
+        ("quant", "from weft.errors_of_another import WeftError", {"weft"}),
     ],
 )
 def test_every_spelling_of_an_import_is_seen(own: str, line: str, folders: set[str]) -> None:

