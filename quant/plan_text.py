@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
+
+from weft.text import fold, table, unnumbered
 
 from .budget import format_bytes
 from .layers import BitChoice, Layer
@@ -15,6 +17,7 @@ if TYPE_CHECKING:
     from .plan import PrecisionPlan
 
 _POINTS, _WIDTH = 10, 30
+_table = partial(table, ruled=False)
 
 
 def bit_choices(plan: PrecisionPlan) -> Iterator[BitChoice]:
@@ -64,7 +67,7 @@ def to_text(plan: PrecisionPlan) -> str:
     lines = [head, f"{len(plan.layers)} weights: {counts or 'none'}; the rest takes {format_bytes(plan.fixed_bytes)}"]
     lines += [f"note: {note}" for note in plan.notes]
     if plan.layers:
-        lines += ["", _columns(["layers", "format", "bits", "bytes", "error", "KL alone", "why"], layer_rows(plan))]
+        lines += ["", _table(["layers", "format", "bits", "bytes", "error", "KL alone", "why"], layer_rows(plan))]
         lines += ["", *curve_lines(plan)]
     return "\n".join(lines)
 
@@ -74,7 +77,7 @@ def layer_rows(plan: PrecisionPlan) -> list[list[str]]:
     total = math.fsum(layer.smallest.sensitivity for layer in plan.layers)
     folded: dict[tuple[str, str], list[Layer]] = defaultdict(list)
     for layer, format in zip(plan.layers, plan.formats, strict=True):
-        folded[re.sub(r"\d+", "#", layer.path), format].append(layer)
+        folded[unnumbered(layer.path), format].append(layer)
     return [_row(layers, format, total) for (_, format), layers in folded.items()]
 
 
@@ -82,7 +85,7 @@ def _row(layers: Sequence[Layer], format: str, total: float) -> list[str]:
     chosen = [layer.option(format) for layer in layers]
     size, errors = sum(o.bytes for o in chosen), [o.error for o in chosen if o.error is not None]
     return [
-        ", ".join(fold(p for layer in layers for p in layer.paths)),
+        fold(p for layer in layers for p in layer.paths),
         format,
         f"{8 * size / sum(math.prod(layer.shape) for layer in layers):.2f}",
         format_bytes(size),
@@ -109,32 +112,4 @@ def curve_lines(plan: PrecisionPlan) -> list[str]:
         ]
         for p in shown
     ]
-    return [_columns(["memory", "KL expected", ""], rows)]
-
-
-def fold(paths: Iterable[str]) -> list[str]:
-    """``layers.0.up``, ``layers.1.up``, ``layers.3.up`` as ``layers.{0-1,3}.up``."""
-    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for path in dict.fromkeys(paths):
-        found = re.match(r"^(.*?\b)(\d+)(\b.*)$", path)
-        key = (found[1], found[3]) if found else (path, "")
-        groups[key].append(int(found[2]) if found else -1)
-    return [head or "(top)" if ns == [-1] else f"{head}{_ranges(ns)}{tail}" for (head, tail), ns in groups.items()]
-
-
-def _ranges(numbers: Iterable[int]) -> str:
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return text if len(runs) == 1 else "{" + text + "}"
-
-
-def _columns(headers: list[str], rows: list[list[str]]) -> str:
-    widths = [max(len(row[i]) for row in [headers, *rows]) for i in range(len(headers))]
-    return "\n".join(
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in [headers, *rows]
-    )
+    return [_table(["memory", "KL expected", ""], rows)]

@@ -3,55 +3,25 @@
 from __future__ import annotations
 
 import html
-import re
 from collections import defaultdict
-from collections.abc import Iterable
 from typing import Any
 
+from weft.text import fold, table, unnumbered
+
 from .report import RewriteReport
-
-
-def fold(paths: Iterable[str]) -> list[str]:
-    """``layers.0.mlp``, ``layers.1.mlp``, ``layers.3.mlp`` as ``layers.{0-1,3}.mlp``."""
-    groups: dict[tuple[str, str], list[int]] = defaultdict(list)
-    for path in dict.fromkeys(paths):
-        found = re.match(r"^(.*?\b)(\d+)(\b.*)$", path)
-        if found:
-            groups[found[1], found[3]].append(int(found[2]))
-        else:
-            groups[path, ""].append(-1)
-    return [head if ns == [-1] else f"{head}{_ranges(ns)}{tail}" for (head, tail), ns in groups.items()]
-
-
-def _ranges(numbers: list[int]) -> str:
-    runs: list[list[int]] = []
-    for n in sorted(numbers):
-        if runs and n == runs[-1][1] + 1:
-            runs[-1][1] = n
-        else:
-            runs.append([n, n])
-    text = ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
-    return text if len(runs) == 1 else "{" + text + "}"
-
-
-def table(headers: list[str], rows: list[list[str]]) -> str:
-    """Columns padded to their widest cell."""
-    widths = [max(len(r[i]) for r in [headers, *rows]) for i in range(len(headers))]
-    lines = ["  ".join(c.ljust(w) for c, w in zip(r, widths, strict=True)).rstrip() for r in [headers, *rows]]
-    return "\n".join([lines[0], "  ".join("-" * w for w in widths), *lines[1:]])
 
 
 def rewrite_rows(report: RewriteReport) -> list[list[str]]:
     """One row per rule and folded module path."""
     groups: dict[tuple[str, str], list[Any]] = defaultdict(list)
     for r in report.rewrites:
-        groups[r.rule, re.sub(r"\d+", "#", r.module_path)].append(r)
+        groups[r.rule, unnumbered(r.module_path)].append(r)
     rows = []
     for (rule, _), records in groups.items():
         errors = [r.error for r in records if r.error is not None]
         rows.append([
             rule,
-            ", ".join(fold(r.module_path for r in records)) or "(top)",
+            fold(r.module_path for r in records),
             str(len(records)),
             f"{sum(r.nodes_removed for r in records)} → {sum(r.nodes_added for r in records)}",
             _bytes(sum(r.bytes_saved for r in records)),
@@ -64,7 +34,7 @@ def _reason_rows(records: list[Any]) -> list[list[str]]:
     groups: dict[tuple[str, str], list[str]] = defaultdict(list)
     for r in records:
         groups[r.rule, r.reason].append(r.module_path)
-    return [[rule, ", ".join(fold(paths)) or "(top)", reason] for (rule, reason), paths in groups.items()]
+    return [[rule, fold(paths), reason] for (rule, reason), paths in groups.items()]
 
 
 def _note_rows(report: RewriteReport) -> list[list[str]]:
@@ -72,7 +42,7 @@ def _note_rows(report: RewriteReport) -> list[list[str]]:
     for region in report.regions:
         if region.note:
             groups[region.note] += region.paths
-    return [[", ".join(fold(paths)) or "(top)", note] for note, paths in groups.items()]
+    return [[fold(paths), note] for note, paths in groups.items()]
 
 
 def _bytes(count: float) -> str:

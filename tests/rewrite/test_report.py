@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.rewrite.report import GraphRecord, NearMiss, Refusal, RegionRecord, Rewrite, RewriteReport
-from weft.rewrite.report_text import fold, table, to_text
+from weft.rewrite.report_text import to_text
 
 SIZE = 8
 
@@ -187,23 +187,6 @@ def test_the_text_folds_equal_layers(report: RewriteReport) -> None:
     assert re.search(r"^rms_norm +blocks\.0-2\.norm +3 +\d+ → \d+ ", text, re.MULTILINE)
     assert re.search(r"^rms_norm +blocks\.0-2\.odd +.*eps", text, re.MULTILINE)
     assert not [line for line in text.splitlines() if line != line.rstrip()]
-
-
-@pytest.mark.parametrize(("paths", "folded"), [
-    (["a.0.b", "a.1.b", "a.2.b"], ["a.0-2.b"]),
-    (["a.0.b", "a.2.b", "a.3.b", "a.7.b"], ["a.{0,2-3,7}.b"]),
-    (["a.1.b", "a.0.b", "a.1.b"], ["a.0-1.b"]),
-    (["a.0.b", "a.0.c", "d"], ["a.0.b", "a.0.c", "d"]),
-    (["layer10", "layer11"], ["layer10", "layer11"]),
-    ([""], [""]),
-    ([], []),
-])  # fmt: skip
-def test_folding(paths: list[str], folded: list[str]) -> None:
-    assert fold(paths) == folded
-
-
-def test_tables() -> None:
-    assert table(["a", "bb"], [["ccc", "d"], ["e", ""]]) == "a    bb\n---  --\nccc  d\ne"
 
 
 def test_an_empty_report() -> None:
