@@ -4,10 +4,12 @@ Costs measured one group at a time add up to a first guess at the divergence of 
 shows where that guess is wrong. Given costs c and measured choices X (a row of zeros and ones each) with divergences y,
 the corrected costs are the posterior mean of a linear model y = Xθ + noise with the prior
 
-    θ ~ N(c, diag((spread · (c + floor))²) + common² · c cᵀ)
+    θ ~ N(c, diag((spread · s)²) + shared² · G ∘ s sᵀ + common² · c cᵀ),    s = c + floor,  G = 1 within a group, else 0
 
-that is: all costs may be off by one common factor (errors compound, or cancel), each may be off by itself in proportion
-to its size. A group's largest option stays at zero if it costs nothing: it is the weight as it was.
+that is: all costs may be off by one common factor (errors compound, or cancel), those of one group by another, and each
+may be off by itself in proportion to its size. Without the second, an option that was never measured in a whole choice
+would look better than its neighbour that was, whenever whole choices do more harm than their parts. A group's largest
+option stays at zero if it costs nothing: it is the weight as it was.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from numpy.typing import NDArray
 from .knapsack import Group, Option
 
 Floats = NDArray[np.float64]
-_SPREAD, _COMMON, _FLOOR = 0.5, 1.0, 0.1
+_SPREAD, _SHARED, _COMMON, _FLOOR = 0.2, 0.45, 1.0, 0.1
 _NOISE, _RESOLUTION = 0.02, 1e-5
 """How far a measurement may be off the linear model: a share of itself, and of the largest number in sight."""
 _NOTHING = 1e-12
@@ -58,7 +60,9 @@ def corrected(groups: Sequence[Group], measured: Sequence[Measured]) -> list[Gro
     chosen = _incidence(groups, used)
     largest = [max(o.bytes for o in g.options) for g in groups]
     sure = [o.cost == 0 and o.bytes == most for g, most in zip(groups, largest, strict=True) for o in g.options]
-    costs = iter(np.maximum(_posterior(prior, np.array(sure), chosen, np.array([m.kl for m in used])), 0.0).tolist())
+    group_of = np.repeat(np.arange(len(groups)), [len(g.options) for g in groups])
+    found = _posterior(prior, np.array(sure), group_of, chosen, np.array([m.kl for m in used]))
+    costs = iter(np.maximum(found, 0.0).tolist())
     return [Group(g.path, tuple(Option(o.name, o.bytes, next(costs)) for o in g.options)) for g in groups]
 
 
@@ -70,13 +74,17 @@ def _incidence(groups: Sequence[Group], measured: Sequence[Measured]) -> Floats:
     return chosen
 
 
-def _posterior(prior: Floats, sure: NDArray[np.bool_], chosen: Floats, kl: Floats) -> Floats:
+def _posterior(
+    prior: Floats, sure: NDArray[np.bool_], group_of: NDArray[np.intp], chosen: Floats, kl: Floats
+) -> Floats:
     scale = max(prior.max(), kl.max())
     prior, kl = prior / scale, kl / scale
     floor = _FLOOR * np.median(prior[prior > 0])
-    own = np.where(sure, 0.0, (_SPREAD * (prior + floor)) ** 2)
+    size = np.where(sure, 0.0, prior + floor)
     guess = chosen @ prior
-    covariance = chosen * own + _COMMON**2 * np.outer(guess, prior)
+    first = np.flatnonzero(np.diff(group_of, prepend=-1))
+    of_groups = np.add.reduceat(chosen * size, first, axis=1)[:, group_of]
+    covariance = chosen * (_SPREAD * size) ** 2 + _SHARED**2 * of_groups * size + _COMMON**2 * np.outer(guess, prior)
     noise = _NOISE * np.maximum(kl, guess) + _RESOLUTION
     gram = covariance @ chosen.T + np.diag(noise**2)
     return scale * (prior + covariance.T @ np.linalg.solve(gram, kl - guess))

@@ -216,11 +216,15 @@ def _plan(
             return max(0.0, joint({c.name: choice[path] for path, c in by_path.items()}))
 
         plan = make_plan(layers, fixed, options.budget, measured, options.measurements, [note])
-    work = f"{len(free)} weights measured alone and {len(plan.measured)} whole choices: {sensitivity.forwards:.0f} forwards"
-    fewer = (
-        f"alone on {len(some)} of the {len(batches)} batches only, for all would take too long; whole choices on all"
-    )
-    return replace(plan, notes=(*plan.notes, work, *([fewer] if len(some) < len(batches) else [])))
+    work = f"{len(free)} weights measured alone and {len(plan.measured)} whole choices: {sensitivity.forwards:.0f}"
+    notes = [f"{work} forwards"]
+    if len(some) < len(batches):
+        notes.append(f"alone on {len(some)} of the {len(batches)} batches only: all of them would take too long")
+    if most := max(sensitivity.noise.values(), default=0.0):
+        notes.append(
+            f"rounding anew moves the predictions by KL {most:.2g} at most: taken off what each weight does alone"
+        )
+    return replace(plan, notes=(*plan.notes, *notes))
 
 
 def _layer(model: nn.Module, candidate: Candidate, alone: Mapping[str, float]) -> Layer:

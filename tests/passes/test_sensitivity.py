@@ -7,12 +7,14 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft.passes import sensitivity
-from weft.passes.sensitivity import Candidate, Sensitivity
+from weft.passes.sensitivity import Candidate, Sensitivity, nudged
 from weft.passes.survey import Use
 from weft.precision import plan_precision
 from weft.quant.formats import FORMATS, quantize
+from weft.quant.plan import PrecisionPlan
 from weft.quant.statistics import Statistics
 
 BATCHES = [{"x": torch.randn(3, 64, generator=torch.Generator().manual_seed(i))} for i in range(6)]
@@ -86,3 +88,33 @@ def test_a_plan_says_that_it_took_fewer_batches(monkeypatch: pytest.MonkeyPatch)
     assert whole.layers[0].smallest.sensitivity != fewer.layers[0].smallest.sensitivity
     assert whole.kl == fewer.kl  # whole choices are measured on all
     assert fewer == plan_precision(Model(), BATCHES, formats=("nf4", "16-bit"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_nudge_is_one_bit_of_an_eighth(dtype: torch.dtype) -> None:
+    weight = torch.randn(256, 384, generator=torch.Generator().manual_seed(0)).to(dtype).t()
+    moved = nudged(weight)
+    changed = weight != moved
+    assert moved.shape == weight.shape and torch.equal(moved, nudged(weight))
+    assert 0.12 < changed.float().mean() < 0.13
+    relative = (moved.float() - weight.float()).norm() / weight.float().norm()
+    assert torch.finfo(dtype).eps / 8 < relative < torch.finfo(dtype).eps / 3
+
+
+def test_rounding_is_no_weights_fault() -> None:
+    """What bfloat16 weights do alone is near what they do where everything else is exact; noise is most of it for int8."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
+    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=4, initializer_range=0.08, **sizes))
+    model = model.to(torch.bfloat16).eval()
+    ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
+    rounded = plan_precision(model, [{"input_ids": ids}], formats=("int8", "16-bit"), measurements=1)
+    exact = plan_precision(model.float(), [{"input_ids": ids}], formats=("int8", "16-bit"), measurements=1)
+
+    def total(plan: PrecisionPlan) -> float:
+        return sum(layer.smallest.sensitivity for layer in plan.layers if not layer.pinned)
+
+    noise = next(float(n.split("by KL ")[1].split()[0]) for n in rounded.notes if "rounding anew" in n)
+    free = sum(not layer.pinned for layer in rounded.layers)
+    assert total(exact) < total(rounded) < 2 * total(exact) < free * noise
+    assert not any("rounding anew" in n for n in exact.notes)
