@@ -1,14 +1,15 @@
-"""Training an optimized model: checkpointing, frozen and thawed parameters, Trainer and TRL, logits that are kept or dropped."""
+"""Training an optimized model: checkpointing, frozen and thawed parameters, logits that are kept or dropped.
+
+Trainer, TRL and several processes are in tests/training/.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 import weft
 from weft.kernels.deferred_logits import DeferredLogits
@@ -105,61 +106,6 @@ def test_a_few_steps_of_an_optimizer_follow_the_plain_model() -> None:
             optimizer.zero_grad()
             losses[-1].append(float(loss.detach()))
     assert losses[0] == pytest.approx(losses[1], rel=1e-4) and losses[0][0] != losses[0][-1]
-
-
-class Rows(torch.utils.data.Dataset[Any]):
-    """Rows of token ids with labels."""
-
-    def __len__(self) -> int:
-        return 4
-
-    def __getitem__(self, i: int) -> Any:
-        return {name: value[0] for name, value in batch(1, 8, seed=i).items()}
-
-
-def _arguments(folder: Path, kind: Any = TrainingArguments, **options: Any) -> Any:
-    return kind(
-        str(folder), max_steps=2, per_device_train_batch_size=2, report_to=[], use_cpu=True, save_strategy="no",
-        disable_tqdm=True, learning_rate=1e-2, seed=0, logging_steps=1, **options,
-    )  # fmt: skip
-
-
-def test_trainer(tmp_path: Path) -> None:
-    model = with_lora(llama(**SMALL))
-    plain = twin(model)
-    quickly(model)
-    losses = []
-    for each in (model, plain):
-        trainer = Trainer(each, _arguments(tmp_path), train_dataset=Rows(), eval_dataset=Rows())
-        trainer.train()
-        losses.append([h["loss"] for h in trainer.state.log_history if "loss" in h] + [trainer.evaluate()["eval_loss"]])
-    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-3)
-    assert any("forward" in m.__dict__ for m in model.modules())
-
-
-def test_trl_which_replaces_the_forward(tmp_path: Path) -> None:
-    trl = pytest.importorskip("trl")
-    datasets = pytest.importorskip("datasets")
-    rows = datasets.Dataset.from_list([{"input_ids": batch(1, 8, seed=i)["input_ids"][0].tolist()} for i in range(4)])
-    model = with_lora(llama(**SMALL))
-    plain = twin(model)
-    quickly(model)
-    losses = []
-    for each in (model, plain):
-        arguments = _arguments(tmp_path, trl.SFTConfig, packing=False, max_length=None)
-        trainer = trl.SFTTrainer(each, arguments, train_dataset=rows, processing_class=_tokenizer())
-        trainer.train()
-        losses.append([h["loss"] for h in trainer.state.log_history if "loss" in h])
-    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], rel=1e-3)
-
-
-def _tokenizer() -> Any:
-    from tokenizers import Tokenizer, models
-    from transformers import PreTrainedTokenizerFast
-
-    words = {f"w{i}": i for i in range(61)}
-    made = Tokenizer(models.WordLevel(words, unk_token="w0"))
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="w0", eos_token="w2", unk_token="w0")
 
 
 @pytest.mark.parametrize("logits", ["keep", "drop", "defer"])
