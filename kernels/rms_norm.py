@@ -26,6 +26,8 @@ from .toolchain import tl, triton
 EpsMode = Literal["inside", "outside", "clamp"]
 
 PER_THREAD = 16
+BLAS_ROWS = 64
+"""Rows that a matrix product adds up at a time."""
 
 
 def reference(
@@ -195,6 +197,13 @@ def _plain_slope(r: Tensor, eps: float, mode: str) -> Tensor | float:
     return 1.0 if mode == "inside" else (r != torch.full_like(r, eps).reciprocal_()).to(r.dtype)
 
 
+def _weighted_sum(rows: Tensor, weights: Tensor) -> Tensor:
+    """The sum of ``rows``, each times its weight. One product would add them up one by one, with an error that grows so."""
+    whole = len(rows) // BLAS_ROWS * BLAS_ROWS
+    blocks = torch.bmm(weights[:whole].view(-1, 1, BLAS_ROWS), rows[:whole].view(-1, BLAS_ROWS, rows.shape[1]))
+    return blocks.sum((0, 1)).add_(torch.mv(rows[whole:].t(), weights[whole:]))
+
+
 def _plain_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, r: Tensor, extra: Tensor | None, dx: Tensor | None,
     needs_weight: bool, eps: float, offset: float, mode: str,
@@ -203,7 +212,7 @@ def _plain_backward(
     wide, dy, cols = x.to(r.dtype), grad.to(r.dtype), x.shape[-1]
     buffer = dx if dx is not None and dx.dtype == r.dtype else torch.empty_like(x, dtype=r.dtype)
     torch.mul(dy, wide, out=buffer)
-    dweight = torch.mv(buffer.reshape(-1, cols).t(), r.reshape(-1)) if needs_weight else x.new_empty(0)
+    dweight = _weighted_sum(buffer.reshape(-1, cols), r.reshape(-1)) if needs_weight else x.new_empty(0)
     if dx is None:
         return dweight
     factor = None if weight is None else weight.to(r.dtype).add(offset)

@@ -169,6 +169,21 @@ def test_float64_gradients(name: Backend) -> None:
             torch.autograd.gradcheck(lambda a, b, m=mode: rms_norm(a, b, 0.3, offset=1.0, eps_mode=m), (x, weight))
 
 
+def test_the_weight_s_gradient_is_as_exact_for_many_rows() -> None:
+    """Added up one by one, 20,000 rows would lose some 30 units in the last place."""
+    x, weight, dy = (
+        normal(0, (20001, 64), torch.float32),
+        normal(1, (64,), torch.float32),
+        normal(2, (20001, 64), torch.float32),
+    )
+    exact = torch.autograd.grad(
+        reference(x.double(), wide := weight.double().requires_grad_(), 1e-6), wide, dy.double()
+    )[0]
+    with backend("reference"):
+        got = torch.autograd.grad(rms_norm(x, narrow := weight.requires_grad_(), 1e-6), narrow, dy)[0]
+    assert (got - exact).abs().max() < 6 * torch.finfo(torch.float32).eps * exact.abs().max()
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 def test_rows_further_apart_than_int32(name: Backend) -> None:
     far = torch.empty(2**31 + 64, dtype=torch.float16, device=DEVICE).as_strided((2, 64), (2**31, 1))
