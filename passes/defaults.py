@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..rewrite.pipeline import Pass, Rules
+from .attention import FuseAttention
 from .common_subexpressions import CommonSubexpressions
 from .fix_widths import FixWidths
 from .functionalize import Functionalize
@@ -30,6 +31,7 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer") -> tuple[Pa
         Rules("rms_norm", (FuseRmsNorm(),)),
         Rules("layer_norm", (FuseLayerNorm(),)),
         Rules("rope", (FuseRope(), FusePartialRope(), PairRope())),
+        Rules("attention", (FuseAttention(),)),
         Rules("lora_linear", (FuseLoraLinear(),)),
         Rules("quant_linear", (FuseQuantLinear(),)),
         Rules("residual_norm", (FuseResidualNorm(),)),

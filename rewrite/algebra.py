@@ -288,6 +288,46 @@ def reshaped(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
     return None
 
 
+@equation("view", "flatten", "expand", "repeat_interleave")
+def repeated_entries(v: View, at: Site, x: Any, *options: Any) -> Expr | None:
+    """x[:, :, None].expand(a, b, n, …).reshape(a, b·n, …) = x.repeat_interleave(n, 1) = repeated(x, n, 1)"""
+    if at.node is None or not isinstance(x, Expr) or x.node is None or v.pattern:
+        return None
+    before, after = sizes(x.node), sizes(at.node)
+    if at.op == "repeat_interleave":
+        times, dim = options[0], options[1]
+        return (
+            v.intern("repeated", (x, times, dim % len(before)), at.node)
+            if is_number(times) and is_number(dim)
+            else None
+        )
+    if at.op == "expand":
+        grown = [d for d, (a, b) in enumerate(zip(before, after, strict=False)) if a is not b and a != b]
+        one = len(before) == len(after) and len(grown) == 1 and before[grown[0]] == 1
+        return v.intern("repeated", (x, after[grown[0]], grown[0]), at.node) if one else None
+    if x.op != "repeated" or x.args[2] == 0 or len(after) != len(before) - 1:
+        return None
+    inner, times, dim = x.args
+    joined_there = before[: dim - 1] == after[: dim - 1] and before[dim + 1 :] == after[dim:]
+    original = _without_new_dimension(inner, dim) if joined_there else None
+    return None if original is None else v.intern("repeated", (original, times, dim - 1), at.node)
+
+
+def _without_new_dimension(x: Expr, dim: int) -> Expr | None:
+    """What ``x`` adds a dimension of size 1 to, at ``dim``, if it does."""
+    inner = x.args[0] if x.op in ("unsqueeze", "getitem") else None
+    if not isinstance(inner, Expr) or rank(x) is None:
+        return None
+    if x.op == "unsqueeze":
+        return inner if x.args[1] in (dim, dim - (rank(x) or 0)) else None
+    items = x.args[1] if isinstance(x.args[1], tuple) else (x.args[1],)
+    if any(not (i is None or i is Ellipsis or i == slice(None)) for i in items) or items.count(None) != 1:
+        return None
+    at = items.index(None)
+    place = at - len(items) + (rank(x) or 0) if Ellipsis in items[:at] else at
+    return inner if place == dim else None
+
+
 @equation("getitem")
 def indexed(v: View, at: Site, x: Any, index: Any) -> Expr | None:
     """Parts of the last dimension, however they are taken, are ``part(x, start, stop, step)``."""

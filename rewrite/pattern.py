@@ -120,3 +120,13 @@ def gemv_4bit(x: Any, *storage: Any) -> Any:
 def rows(x: Any) -> Any:
     """In a pattern: x with its leading dimensions flattened into one, or as it was."""
     return _record("rows", x)
+
+
+def repeated(x: Any, times: Any, dim: int) -> Any:
+    """In a pattern: every entry along a dimension, counted from the front, repeated in place, however a model does it."""
+    return _record("repeated", x, times, dim)
+
+
+def attention(q: Any, k: Any, v: Any, *options: Any) -> Any:
+    """In a pattern: ``scaled_dot_product_attention``, with the arguments of it in order."""
+    return _record("scaled_dot_product_attention", q, k, v, *options)

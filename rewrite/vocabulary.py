@@ -46,6 +46,7 @@ norm(x, p=2, dim=None, keepdim=False, out=None, dtype=None)                  |
 vector_norm(x, ord=2, dim=None, keepdim=False, dtype=None, out=None)         | linalg_vector_norm
 normalize(x, p=2.0, dim=1, eps=1e-12, out=None)                              |
 softmax(x, dim=None, _stacklevel=3, dtype=None)                              |
+scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) |
 rms_norm(x, normalized_shape, weight=None, eps=None)                         |
 layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-05, cudnn_enable=True) |
 linear(x, weight, bias=None)                                                 |
@@ -62,6 +63,8 @@ unflatten(x, dim, sizes)                                                     |
 unsqueeze(x, dim)                                                            |
 squeeze(x, dim=None)                                                         |
 expand(x, *sizes)                                                            |
+repeat(x, *sizes)                                                            |
+repeat_interleave(x, repeats, dim=None, output_size=None)                    |
 contiguous(x, memory_format=None)                                            |
 clone(x, memory_format=None)                                                 |
 cat(tensors, dim=0)                                                          | concat concatenate

@@ -33,6 +33,11 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x, y: torch.add(x, y, alpha=3), lambda x, y: x + y * 3),
         (lambda x, y: torch.sub(x, y, alpha=0.5), lambda x, y: x - y * 0.5),
     ],
+    "repeated_entries": [
+        (lambda x: x[:, :, None].expand(2, 3, 4, 6).reshape(2, 12, 6), lambda x: x.repeat_interleave(4, 1)),
+        (lambda x: x.unsqueeze(1).expand(-1, 5, -1, -1).flatten(0, 1), lambda x: x.repeat_interleave(5, dim=-3)),
+        (lambda x: x[:, :1].expand(2, 4, 6), lambda x: x[:, :1].repeat_interleave(4, 1)),
+    ],
     "joined_with_a_negative": [(lambda x, y: torch.cat((x, -y), -1), lambda x, y: -torch.cat((-x, y), -1))],
     "reversed_subtraction": [
         (lambda x, y: torch.rsub(x, y), lambda x, y: y - x),
