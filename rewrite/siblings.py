@@ -9,7 +9,8 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from . import graph as g
-from .driver import Change, Outcome, Verifier, commit, fake_run, type_problem
+from .change import Change, commit, fake_run, type_problem
+from .driver import Outcome, Verifier
 from .report import Refusal, Rewrite
 
 

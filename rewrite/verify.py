@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from torch.autograd.graph import saved_tensors_hooks
 
 from . import graph as g
-from .driver import Change
+from .change import Change
 from .exact import Float64, upcast
 from .vocabulary import operation, target_name
 

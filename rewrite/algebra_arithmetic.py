@@ -1,0 +1,202 @@
+"""Equations of sums, products, powers, reductions and activations."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .equation import Site, equation, from_the_end, is_number, op_of, same
+from .expr import Expr, View, last_size, rank
+from .graph import sizes
+
+
+@equation("add")
+def bias_added(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
+    """linear(x, W) + b = linear(x, W, b)  where b is one number per output"""
+    for product, b in ((x, y), (y, x)):
+        inner = product if isinstance(product, Expr) and product.op in ("linear", "linear_columns") else None
+        if alpha == 1 and inner and inner.args[2] is None and rank(b) == 1 and last_size(b) == _features(inner):
+            return v.intern(inner.op, (*inner.args[:2], b), at.node)
+    return None
+
+
+def _features(product: Expr) -> int | None:
+    """How many numbers a linear computes for each row, read off its weight: the product may be no node of its own."""
+    weight = product.args[1]
+    shape = sizes(weight.node) if isinstance(weight, Expr) and weight.node is not None else ()
+    return shape[0 if product.op == "linear" else -1] if len(shape) == 2 else None
+
+
+@equation("add", "sub")
+def negative_addend(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
+    """x + (−y) = x − y;  x + y·(−z) = x − y·z;  x − (−y) = x + y"""
+    if alpha != 1:
+        return None
+    positive = _negated(v, y)
+    if positive is not None:
+        return v.make("sub" if at.op == "add" else "add", x, positive, node=at.node)
+    positive = _negated(v, x) if at.op == "add" else None
+    return v.make("sub", y, positive, node=at.node) if positive is not None else None
+
+
+def _negated(v: View, x: Any) -> Expr | None:
+    """What ``x`` is the negative of, if it is a negative or a product with one."""
+    inner = op_of(x, "neg", "mul")
+    if inner is None or inner.op == "neg":
+        return inner.args[0] if inner else None
+    for factor, other in (inner.args, inner.args[::-1]):
+        positive = op_of(factor, "neg")
+        if positive is not None:
+            return v.make("mul", positive.args[0], other)
+    return None
+
+
+@equation("cat")
+def joined_with_a_negative(v: View, at: Site, tensors: Any, dim: Any = 0) -> Expr | None:
+    """(a, −b) = −(−a, b)"""
+    pair = _opposite(v, *tensors) if len(tensors) == 2 else None
+    return v.intern("neg", (v.make("cat", pair, dim),), at.node) if pair else None
+
+
+@equation("interleave")
+def interleaved_with_a_negative(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """a, −b interleaved = −(−a, b interleaved)"""
+    pair = _opposite(v, x, y)
+    return v.intern("neg", (v.make("interleave", *pair),), at.node) if pair else None
+
+
+def _opposite(v: View, x: Any, y: Any) -> tuple[Any, Any] | None:
+    """(−x, −y) where of the two y alone is a negative."""
+    second = op_of(y, "neg") if not op_of(x, "neg") else None
+    return (v.make("neg", x), second.args[0]) if second else None
+
+
+@equation("add", "sub")
+def scaled_addend(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
+    """x ± alpha·y = x ± (y·alpha)"""
+    return v.intern(at.op, (x, y if alpha == 1 else v.make("mul", y, alpha)), at.node)
+
+
+@equation("rsub")
+def reversed_subtraction(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
+    """rsub(x, y) = y − x"""
+    return v.make("sub", y, x, node=at.node) if alpha == 1 else None
+
+
+@equation("mul")
+def square_of_itself(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """x·x = x²"""
+    return v.make("square", x, node=at.node) if same(x, y) else None
+
+
+@equation("mul")
+def root_of_a_mean(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """√(Σx) · c = √(mean x)  where  c² · n = 1"""
+    for root, c in ((x, y), (y, x)):
+        inner = op_of(root, "sqrt")
+        total = op_of(inner.args[0], "sum") if inner else None
+        n = _summed(total)
+        if total and n and is_number(c) and math.isclose(c * c * n, 1.0, rel_tol=1e-6):
+            return v.make("sqrt", v.make("mean", *total.args[:3], None), node=at.node)
+    return None
+
+
+@equation("mul")
+def mean_of_a_sum(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """Σx · c = mean x  where  c · n = 1"""
+    for total, c in ((op_of(x, "sum"), y), (op_of(y, "sum"), x)):
+        n = _summed(total)
+        if total and n and is_number(c) and math.isclose(c * n, 1.0, rel_tol=1e-6):
+            return v.make("mean", *total.args[:3], None, node=at.node)
+    return None
+
+
+def _summed(total: Expr | None) -> int | None:
+    """How many numbers each result of ``total``, a sum over the last dimension, adds up; None if it is something else."""
+    if total is None or total.args[1] != -1:
+        return None
+    inner = total.args[0]
+    return last_size(inner.args[0] if inner.op == "square" and inner.node is None else inner)
+
+
+@equation("div")
+def division(v: View, at: Site, x: Any, y: Any, rounding_mode: Any = None) -> Expr | None:
+    """x / y = x · y⁻¹;  Σx / n = mean x"""
+    if rounding_mode is not None:
+        return None
+    total = op_of(x, "sum")
+    if total and is_number(y) and _summed(total) == y:
+        return v.make("mean", *total.args[:3], None, node=at.node)
+    root = op_of(x, "sqrt")
+    if root and is_number(y) and y:
+        return v.make("mul", x, 1.0 / y, node=at.node)
+    if is_number(x) and x == 1:
+        return v.make("reciprocal", y, node=at.node)
+    return v.make("mul", x, v.make("reciprocal", y), node=at.node)
+
+
+@equation("reciprocal")
+def reciprocal_of_a_root(v: View, at: Site, x: Any) -> Expr | None:
+    """1/√x = rsqrt x;  1/rsqrt x = √x;  1/(1/x) = x"""
+    inner = op_of(x, "sqrt", "rsqrt", "reciprocal")
+    if inner is None:
+        return None
+    if inner.op == "reciprocal":
+        return inner.args[0]
+    return v.make("rsqrt" if inner.op == "sqrt" else "sqrt", inner.args[0], node=at.node)
+
+
+@equation("pow")
+def powers(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """x^2, x^½, x^−½, x^−1"""
+    if not is_number(y) or is_number(x):
+        return None
+    name = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}.get(float(y))
+    return v.make(name, x, node=at.node) if name else None
+
+
+@equation("mean", "sum")
+def one_dimension(v: View, at: Site, x: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None) -> Expr | None:
+    """A reduction over one dimension names it from the end."""
+    return v.intern(at.op, (x, from_the_end(dim, x), keepdim), at.node)
+
+
+@equation("var", "std")
+def variance(v: View, at: Site, x: Any, dim: Any, unbiased: Any, keepdim: Any, correction: Any) -> Expr | None:
+    """var x = mean (x − mean x)²  for the biased variance"""
+    if not (unbiased is False or correction == 0) or not keepdim:
+        return None
+    dim = from_the_end(dim, x)
+    centred = v.make("sub", x, v.intern("mean", (x, dim, True)))
+    found = v.intern("mean", (v.make("square", centred), dim, True))
+    return v.make("sqrt", found, node=at.node) if at.op == "std" else found
+
+
+@equation("norm", "vector_norm")
+def euclidean_norm(v: View, at: Site, x: Any, p: Any, dim: Any, keepdim: Any, *_: Any) -> Expr | None:
+    """‖x‖ = √(Σ x²)"""
+    if p not in (2, 2.0, None, "fro") or dim is None:
+        return None
+    return v.make("sqrt", v.intern("sum", (v.make("square", x), from_the_end(dim, x), keepdim)), node=at.node)
+
+
+@equation("clamp")
+def lower_bound(v: View, at: Site, x: Any, low: Any, high: Any) -> Expr | None:
+    """clamp(x, min=c) = clamp_min(x, c)"""
+    return v.make("clamp_min", x, low, node=at.node) if high is None and low is not None else None
+
+
+@equation("relu", "silu", "dropout")
+def functional(v: View, at: Site, x: Any, *options: Any) -> Expr | None:
+    """The value of an activation does not depend on ``inplace``."""
+    return v.intern(at.op, (x, *options[:-1]), at.node)
+
+
+@equation("mul")
+def sigmoid_times_itself(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """x · σ(x) = silu(x)"""
+    for a, b in ((x, y), (y, x)):
+        inner = op_of(b, "sigmoid")
+        if inner and same(inner.args[0], a):
+            return v.make("silu", a, False, node=at.node)
+    return None

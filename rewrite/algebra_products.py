@@ -1,0 +1,114 @@
+"""Equations of linears, dense and quantized, and of the losses that read their rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import fx
+
+from .equation import Site, equation
+from .expr import Expr, View, last_size, rank, strip_casts
+from .graph import sizes
+from .vocabulary import bind, operation
+
+
+@equation("addmm")
+def product_and_sum(v: View, at: Site, x: Any, a: Any, b: Any, beta: Any, alpha: Any) -> Expr | None:
+    """addmm(b, x, w) = b + x·w"""
+    if beta != 1 or alpha != 1:
+        return None
+    return v.make("add", v.make("matmul", a, b), x, node=at.node)
+
+
+@equation("matmul")
+def matrix_product(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """x·Wᵀ and x·W of a matrix W are linears, by rows and by columns of W"""
+    if not isinstance(y, Expr) or not isinstance(x, Expr):
+        return None
+    if y.op == "transposed" and (v.pattern or rank(y.args[0]) == 2):
+        return v.make("linear", x, y.args[0], None, node=at.node)
+    if v.pattern or (rank(y) == 2 and (rank(x) or 0) >= 2):
+        return v.intern("linear_columns", (x, y, None), at.node)
+    return None
+
+
+@equation("view")
+def linear_on_rows(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
+    """A linear on x flattened to rows, put back into x's shape, is the linear on x."""
+    if not isinstance(x, Expr) or x.op not in ("linear", "linear_columns") or at.node is None:
+        return None
+    rows = x.args[0]
+    inner = rows.args[0] if isinstance(rows, Expr) and rows.op == "view" else None
+    if not isinstance(inner, Expr) or inner.node is None or rows.node is None:
+        return None
+    before, after = sizes(inner.node), sizes(at.node)
+    if before[:-1] == after[:-1] and before[-1:] == sizes(rows.node)[-1:] and last_size(x) == after[-1]:
+        return v.intern(x.op, (inner, *x.args[1:]), at.node)
+    return None
+
+
+@equation("getitem")
+def product_inside_autograd_function(v: View, at: Site, x: Any, index: Any) -> Expr | None:
+    """The first result of an autograd.Function whose forward is one 4-bit product is that product.
+
+    Its own backward is what the replay compares the replacement's gradients with.
+    """
+    if index != 0 or not isinstance(x, Expr) or x.op != "autograd_function_apply" or x.node is None:
+        return None
+    root, body = x.node.graph.owning_module, x.node.args[0]
+    inner = getattr(root, str(body.target), None) if isinstance(body, fx.Node) and root is not None else None
+    result = _first_result(inner.graph) if isinstance(inner, fx.GraphModule) else None
+    if result is None or operation(result) != "gemm_4bit":
+        return None
+    outside = dict(zip((n for n in result.graph.nodes if n.op == "placeholder"), x.node.args[2:], strict=False))
+    args = bind("gemm_4bit", result.args, dict(result.kwargs))
+    resolved = [_resolve(a, outside) for a in args or ()]
+    return (
+        v.intern("gemm_4bit", tuple(v.of(r) for r in resolved), at.node)
+        if resolved and None not in resolved[:1]
+        else None
+    )
+
+
+def _first_result(graph: fx.Graph) -> fx.Node | None:
+    found: Any = next(n for n in graph.nodes if n.op == "output").args[0]
+    while isinstance(found, tuple | list) and found:
+        found = found[0]
+    return found if isinstance(found, fx.Node) and found.op == "call_function" else None
+
+
+def _resolve(argument: Any, outside: dict[fx.Node, Any]) -> Any:
+    """What an argument inside the function's body is outside it; reshapes of packed bytes do not matter."""
+    while isinstance(argument, fx.Node) and argument not in outside and argument.op == "call_method":
+        argument = argument.args[0]
+    return outside.get(argument) if isinstance(argument, fx.Node) else argument
+
+
+@equation("gemm_4bit")
+def packed_bytes(v: View, at: Site, x: Any, weight: Any, *storage: Any) -> Expr | None:
+    """Reshapes of packed bytes do not matter."""
+    while isinstance(weight, Expr) and weight.op in ("view", "transposed"):
+        weight = weight.args[0]
+    return v.intern("gemm_4bit", (x, weight, *storage), at.node)
+
+
+@equation("cross_entropy", "log_softmax")
+def over_rows(v: View, at: Site, x: Any, *options: Any) -> Expr | None:
+    """A loss over classes reads rows, whether or not its input was flattened to rows for it."""
+    if not isinstance(x, Expr) or x.op == "rows" or v.pattern:
+        return None
+    inner = strip_casts(x, only_widening=False)
+    flat = inner.args[0] if inner.op in ("view", "flatten") and _keeps_last(inner) else inner
+    dims = rank(x)
+    if dims != 2 or not isinstance(flat, Expr):
+        return None
+    return v.intern(at.op, (v.intern("rows", (flat,), inner.node), *options), at.node)
+
+
+def _keeps_last(x: Expr) -> bool:
+    """Whether a reshape flattens leading dimensions alone."""
+    inner = x.args[0]
+    if not isinstance(inner, Expr) or inner.node is None or x.node is None:
+        return False
+    before, after = sizes(inner.node), sizes(x.node)
+    return len(after) == 2 and len(before) >= 2 and before[-1] == after[-1]
