@@ -13,10 +13,20 @@ from enum import IntEnum
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.backends.cuda import SDPAParams, can_use_cudnn_attention
+from torch.backends.cuda import (
+    SDPAParams,
+    can_use_cudnn_attention,
+    flash_sdp_enabled,
+    is_flash_attention_available,
+)
+
+from . import attention_documents as ragged
+from .attention_documents import Documents
 
 _MASK_ALIGNMENT = 8
 """The memory-efficient kernel reads rows of a mask that start at multiples of so many elements."""
+_WIDEST_RAGGED = 256
+"""Flash attention's widest head."""
 
 
 class Route(IntEnum):
@@ -71,6 +81,11 @@ def forward(
     route: Route, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
     """The result and the logarithm of each row's denominator."""
+    apart = _apart(route, q, k, v, mask)
+    if apart is not None and not apart.whole_rows:
+        return ragged.forward(apart, q, k, v, scale)
+    if apart is not None:
+        route, mask, is_causal = _causal(route, q, k, v, mask)
     aten, heads = torch.ops.aten, q.shape[1]
     if route is Route.CPU:
         out, lse, *_ = aten._scaled_dot_product_flash_attention_for_cpu(
@@ -94,6 +109,11 @@ def backward(
     is_causal: bool, scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of q, k and v."""
+    apart = _apart(route, q, k, v, mask)
+    if apart is not None and not apart.whole_rows:
+        return ragged.backward(apart, grad, q, k, v, out, lse, scale)
+    if apart is not None:
+        route, mask, is_causal = _causal(route, q, k, v, mask)
     aten, shared = torch.ops.aten, (q.shape[2], k.shape[2], 0.0, is_causal)
     if route is Route.CPU:
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # the order in which the forward's kernel writes it
@@ -116,6 +136,24 @@ def backward(
         grads = _efficient_backward(grad, q, k, v, mask, out, lse, is_causal, scale)
     dq, dk, dv = (by_token(g) for g in grads)
     return dq, summed(dk, k.shape[1]), summed(dv, v.shape[1])
+
+
+def _apart(route: Route, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Documents | None:
+    """The documents that the mask keeps apart, where there is a kernel for documents."""
+    if mask is None or q.shape[-1] != v.shape[-1]:
+        return None
+    half = q.dtype in (torch.bfloat16, torch.float16) and q.shape[-1] <= _WIDEST_RAGGED
+    return ragged.documents(mask, q, k) if route is Route.CPU or (half and _has_flash()) else None
+
+
+def _has_flash() -> bool:
+    return flash_sdp_enabled() and is_flash_attention_available()
+
+
+def _causal(route: Route, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Route, Tensor | None, bool]:
+    """The kernel, mask and flag for a mask that says no more than the flag does."""
+    without = Route.CPU if route is Route.CPU else choose(q, k, v, None, True, None)[0]
+    return (route, mask, False) if without is Route.PLAIN else (without, None, True)
 
 
 def _efficient_backward(
