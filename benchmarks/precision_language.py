@@ -10,13 +10,12 @@ from the model in 16 bits, with 95 % confidence intervals over sequences.
 from __future__ import annotations
 
 import argparse
-import copy
 import math
 import random
 import sysconfig
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,15 +24,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from weft.applying import apply_plan
-from weft.precision import plan_precision, store_as_planned
-from weft.quant.layers import Layer
-from weft.quant.plan import PrecisionPlan
-
 from .environment import cpu_model, gpu, slug, write
-
-MORE_BYTES = (0.02, 0.05, 0.10)
-"""How much more than plain NF4 the plans may take."""
+from .precision_arms import choices, interval, measured_record, plan_record, rounded_otherwise, stored_copy
 
 
 @dataclass(frozen=True)
@@ -137,46 +129,6 @@ def compare(model: nn.Module, other: nn.Module, rows: Tensor) -> tuple[Tensor, T
     return torch.cat(losses).cpu(), torch.cat(divergences).cpu()
 
 
-def with_formats(plan: PrecisionPlan, choose: Callable[[int, Layer], str]) -> PrecisionPlan:
-    """``plan`` with other formats; layers without a choice stay as they are."""
-    formats = tuple("16-bit" if la.pinned else choose(i, la) for i, la in enumerate(plan.layers))
-    return replace(plan, formats=formats, kl=None, budget=None)
-
-
-def kept_in_order(plan: PrecisionPlan, order: list[int], room: int) -> PrecisionPlan:
-    """NF4 but for the first layers of ``order`` that fit into ``room`` bytes in 16 bits."""
-    kept = set[int]()
-    for i in order:
-        candidate = with_formats(plan, lambda j, _, i=i: "16-bit" if j in kept | {i} else "nf4")
-        if candidate.total_bytes <= room:
-            kept.add(i)
-    return with_formats(plan, lambda j, _: "16-bit" if j in kept else "nf4")
-
-
-def choices(model: nn.Module, calibration: list[dict[str, Tensor]]) -> tuple[dict[str, PrecisionPlan], float]:
-    """What is compared, by name, and how many seconds the planning took."""
-    started = time.monotonic()
-    plan = plan_precision(model, calibration, formats=("nf4", "nf4-feedback", "int8", "16-bit"), measurements=8)
-    seconds = time.monotonic() - started
-    uniform = {f: with_formats(plan, lambda _, la, f=f: f) for f in ("nf4", "nf4-feedback", "int8")}
-    found = {"plain NF4": uniform["nf4"], "NF4 with feedback": uniform["nf4-feedback"], "int8": uniform["int8"]}
-    plain = uniform["nf4"].total_bytes
-    free = [i for i, la in enumerate(plan.layers) if not la.pinned]
-    for more in MORE_BYTES:
-        found[f"weft, +{more:.0%}"] = plan.at(memory=int(plain * (1 + more)))
-    room = int(plain * (1 + MORE_BYTES[-1]))
-    shuffled = random.Random(1).sample(free, len(free))
-    ends = sorted(free, key=lambda i: min(i - free[0], free[-1] - i))
-    found[f"random layers in 16 bits, +{MORE_BYTES[-1]:.0%}"] = kept_in_order(plan, shuffled, room)
-    found[f"first and last layers in 16 bits, +{MORE_BYTES[-1]:.0%}"] = kept_in_order(plan, ends, room)
-    return found, seconds
-
-
-def interval(values: Tensor) -> dict[str, float]:
-    """Mean and half the 95 % confidence interval over sequences."""
-    return {"mean": float(values.mean()), "half": float(1.96 * values.std() / math.sqrt(len(values)))}
-
-
 def main() -> None:
     """Train, plan, compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -189,22 +141,21 @@ def main() -> None:
     model = trained(size, train, device, options.minutes)
     rows = held[: len(held) // size.length * size.length].view(-1, size.length)[: size.held_out].to(device)
     calibration = [{"input_ids": ids.to(device)} for ids, _ in zip(_batches(train, size), range(4), strict=False)]
-    plans, seconds = choices(model, calibration)
+    found = choices(model, calibration)
     losses, _ = compare(model, model, rows)
     records: list[dict[str, Any]] = [{"arm": "16 bits", "perplexity": math.exp(float(losses.mean())), "kl": None}]
-    for name, plan in plans.items():
-        other = copy.deepcopy(model)
-        apply_plan(other, plan, store_as_planned(other, plan, calibration))
-        losses, kl = compare(model, other, rows)
-        records.append(
-            {"arm": name, "bytes": plan.total_bytes, "perplexity": math.exp(float(losses.mean())), "kl": interval(kl)}
-        )
-        print(f"{name:44} {plan.total_bytes / 1e6:8.2f} MB  perplexity {records[-1]['perplexity']:8.3f}  "
+    _, kl = compare(model, rounded_otherwise(model, found.curve), rows)
+    records.append({"arm": "16 bits, rounded otherwise", "perplexity": None, "kl": interval(kl)})
+    for name, plan in found.plans.items():
+        losses, kl = compare(model, stored_copy(model, plan, calibration), rows)
+        perplexity = math.exp(float(losses.mean()))
+        records.append({"arm": name, **plan_record(plan), "perplexity": perplexity, "kl": interval(kl)})
+        print(f"{name:44} {plan.total_bytes / 1e6:8.2f} MB  perplexity {perplexity:8.3f}  "
               f"KL {records[-1]['kl']['mean']:.5f} ± {records[-1]['kl']['half']:.5f}", flush=True)  # fmt: skip
     host = (gpu() or {}).get("name") or cpu_model()
     out = options.out or Path(__file__).parent / "results" / f"precision-language-{options.size}-{slug(host)}.json"
-    write(out, "precision-language", size=options.size, planning_seconds=round(seconds, 1), records=records,
-          parameters=sum(p.numel() for p in model.parameters()), held_out_tokens=rows.numel())  # fmt: skip
+    write(out, "precision-language", size=options.size, records=records, parameters=sum(p.numel() for p in model.parameters()),
+          held_out_tokens=rows.numel(), **measured_record(found))  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -104,8 +104,13 @@ def test_a_nudge_is_one_bit_of_an_eighth(dtype: torch.dtype) -> None:
 def test_rounding_is_no_weights_fault() -> None:
     """What bfloat16 weights do alone is near what they do where everything else is exact; noise is most of it for int8."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=4, initializer_range=0.08, **sizes))
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    model: Any = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=4, initializer_range=0.08, **sizes))
     model = model.to(torch.bfloat16).eval()
     ids = torch.randint(0, 256, (2, 64), generator=torch.Generator().manual_seed(0))
     rounded = plan_precision(model, [{"input_ids": ids}], formats=("int8", "16-bit"), measurements=1)
