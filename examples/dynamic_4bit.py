@@ -22,6 +22,8 @@ from weft import PrecisionBudget, PrecisionPlan, optimize, plan_precision
 
 MORE = 1.10
 """Bytes, relative to NF4 everywhere, of the last arm."""
+FORMATS = ("nf4", "nf4-feedback", "16-bit")
+"""Without int8: bitsandbytes' config can describe such a model, and ``save_pretrained`` write it."""
 Batches = list[dict[str, Tensor]]
 
 
@@ -32,15 +34,15 @@ def split_text(held_out: float = 0.15) -> tuple[str, str]:
     return text[:cut], text[cut:]
 
 
-def trained_llama(vocabulary: int, ids: Tensor, steps: int) -> nn.Module:
-    """A Llama of a million parameters, trained in 32 bits, then stored in 16."""
+def trained_llama(vocabulary: int, ids: Tensor, steps: int, layers: int) -> nn.Module:
+    """A Llama of a quarter of a million parameters a layer, trained in 32 bits, then stored in 16."""
     device, _ = tiny.device_and_dtype()
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocabulary,
         hidden_size=128,
         intermediate_size=384,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=256,
@@ -77,17 +79,18 @@ def main() -> None:
     """Train, plan, store, judge."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--measurements", type=int, default=12, help="whole choices measured at most, for each plan")
     options = parser.parse_args()
 
     seen, unseen = split_text()
     tokenizer = tiny.make_tokenizer(seen)
     ids, held_out = (torch.tensor(tokenizer(text)["input_ids"]) for text in (seen, unseen))
-    model = trained_llama(len(tokenizer), ids, options.steps)
+    model = trained_llama(len(tokenizer), ids, options.steps, options.layers)
     calibration, test = windows(ids, 4), windows(held_out, 16)
 
     def planned(memory: int) -> PrecisionPlan:
-        budget = PrecisionBudget(memory=memory)
+        budget = PrecisionBudget(memory=memory, formats=FORMATS)
         return plan_precision(model, calibration, budget=budget, measurements=options.measurements)
 
     started = time.perf_counter()
@@ -104,7 +107,7 @@ def main() -> None:
     original = logits(model, test)
     judge("16-bit", sum(p.nbytes for p in model.parameters()), original, original, test)
     for name, plan in plans.items():
-        stored = optimize(copy.deepcopy(model), precision=plan, calibration=calibration)
+        stored = optimize(copy.deepcopy(model), precision=plan, calibration=calibration, example_inputs=test[0])
         judge(name, plan.total_bytes, logits(stored, test), original, test)
 
 
