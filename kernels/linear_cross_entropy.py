@@ -74,7 +74,9 @@ def reference(
 @triton.jit
 def _scale_kernel(values, factor, out, count, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    scaled = tl.load(values + at, mask=at < count, other=0.0).to(tl.float32) * tl.load(factor)
+    value = tl.load(values + at, mask=at < count, other=0.0).to(tl.float32)
+    # The zeros of ignored tokens stay zeros where the factor is infinite, as in a loss that is divided by no tokens.
+    scaled = tl.where(value == 0.0, 0.0, value * tl.load(factor))
     tl.store(out + at, scaled.to(out.dtype.element_ty), mask=at < count)
 
 
@@ -247,7 +249,9 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tens
 def _scale_op(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``values · factor`` in ``dtype``, rounded once; torch would first round ``factor`` to the dtype of ``values``."""
     if not use_triton(values) or values.dtype == torch.float64:
-        return (values * factor).to(dtype)
+        scaled = (values * factor).to(dtype)
+        exact = not values.is_cuda and bool(factor.isfinite().all())
+        return scaled if exact else scaled.masked_fill_(values == 0, 0)
     values, out = values.contiguous(), values.new_empty(values.shape, dtype=dtype)
     if values.numel():
         launch: Any = _scale_kernel[(triton.cdiv(values.numel(), 4096),)]

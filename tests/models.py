@@ -47,15 +47,16 @@ def fill_adapters(model: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.2)
 
 
-def in_four_bits(model: PreTrainedModel, nested: bool = True) -> PreTrainedModel:
+def in_four_bits(model: PreTrainedModel, nested: bool = True, storage: torch.dtype = torch.uint8) -> PreTrainedModel:
     """``model`` with bitsandbytes NF4 weights in its blocks; rows must be whole blocks of 64."""
     linears = [(path, m) for path, m in model.named_modules() if isinstance(m, nn.Linear) and "lm_head" not in path]
     for path, linear in linears:
         packed = bnb.nn.Linear4bit(
-            linear.in_features, linear.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32
-        )
+            linear.in_features, linear.out_features, bias=False, quant_type="nf4", compute_dtype=torch.float32,
+            quant_storage=storage,
+        )  # fmt: skip
         weight = bnb.nn.Params4bit(
-            linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=nested
+            linear.weight.data, requires_grad=False, quant_type="nf4", compress_statistics=nested, quant_storage=storage
         )
         packed.weight = weight.to("cpu")
         parent, _, name = path.rpartition(".")

@@ -234,6 +234,28 @@ def test_nothing_to_learn_from(implementation: Backend) -> None:
             assert linear_cross_entropy(**inputs, reduction="none").shape == shape
 
 
+@both
+@pytest.mark.parametrize("factor", [float("inf"), float("nan")])
+@pytest.mark.parametrize("counting", [0, 2])
+def test_ignored_tokens_have_zero_gradient_under_a_gradient_that_is_not_finite(
+    implementation: Backend, factor: float, counting: int
+) -> None:
+    """As in a sum divided by no tokens, which trains on: with no token that counts, every gradient is zero."""
+    x, weight = torch.randn(5, 8, device=DEVICE), torch.randn(12, 8, device=DEVICE)
+    target = torch.tensor([3, 4, *[-100] * 5][2 - counting :][:5], device=DEVICE)
+    gradients = []
+    for fused in (True, False):
+        leaves = [t.clone().requires_grad_() for t in (x, weight)]
+        with backend(implementation):
+            loss = (linear_cross_entropy if fused else reference)(*leaves, None, target, reduction="sum")
+            (loss * factor).backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for found, wanted in zip(*gradients, strict=True):
+        assert torch.equal(found.isfinite(), wanted.isfinite())
+    assert not gradients[0][0][counting:].any()
+    assert bool(gradients[0][1].isfinite().all()) == (counting == 0)
+
+
 @pytest.mark.skipif(DEVICE == "cuda", reason="labels are checked on the CPU")
 @both
 @pytest.mark.parametrize("label", [41, -1])

@@ -1,0 +1,99 @@
+"""DDP and FSDP2 around an optimized model, in two processes over gloo: what one process computes on all rows."""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from .two_processes import CASES, WORLD, build, train
+
+SCRIPT = Path(__file__).with_name("two_processes.py")
+LORA = {"attention", "gated_mlp", "lora_linear", "parallel_linears", "residual_norm", "rms_norm", "rope"}
+
+
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each process saw of each case: two processes for all, since starting them takes longer than a case."""
+    folder = tmp_path_factory.mktemp("processes")
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    outs = [folder / f"{rank}.pt" for rank in range(WORLD)]
+    command = [sys.executable, str(SCRIPT), "--store", str(folder / "store")]
+    started = [
+        subprocess.Popen(
+            [*command, "--rank", str(rank), "--out", str(out)],
+            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank, out in enumerate(outs)
+    ]  # fmt: skip
+    try:
+        printed = [process.communicate(timeout=500)[0] for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [p.returncode for p in started] == [0] * WORLD, "\n".join(text[-3000:] for text in printed)
+    return [torch.load(out) for out in outs]
+
+
+@functools.cache
+def one_process(kind: str) -> tuple[list[float], dict[str, Tensor]]:
+    """A plain model on all rows."""
+    losses, gradients = train(build(kind), None)
+    return [float(x) for x in losses], gradients
+
+
+def seen(together: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """What each process saw of one case."""
+    found = [results[name] for results in together]
+    failed = [f["failed"] for f in found if "failed" in f]
+    assert not failed, failed[0]
+    return found
+
+
+def assert_like_one_process(found: list[dict[str, Any]], kind: str, close: float = 2e-5) -> None:
+    """Losses and gradients of every process are those of a plain model on all rows."""
+    losses, gradients = one_process(kind)
+    assert len(gradients) > 10
+    for each in found:
+        assert each["losses"] == pytest.approx(losses, rel=close)
+        assert each["gradients"].keys() == gradients.keys()
+        for name, wanted in gradients.items():
+            off = float((each["gradients"][name] - wanted).norm() / wanted.norm())
+            assert off < 10 * close, f"{name}: off by {off}"
+
+
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.optimize == "before" and not case.mixed])
+def test_like_one_process(name: str, together: list[dict[str, Any]]) -> None:
+    """Optimized before it is wrapped: nothing falls back, and one graph serves all blocks before and after wrapping."""
+    case, found = CASES[name], seen(together, name)
+    assert_like_one_process(found, case.kind)
+    for each in found:
+        rules = LORA if case.kind != "full" else LORA - {"lora_linear", "parallel_linears"}
+        assert rules <= set(each["rules"]), each["report"]
+        assert not each["untouched"] and not each["notes"], each["report"]
+        assert each["graphs"] <= 8, each["report"]
+    assert found[0]["rules"] == found[1]["rules"]
+
+
+@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
+def test_optimized_after_wrapping(engine: str, together: list[dict[str, Any]]) -> None:
+    """The same numbers; what runs as it was written, if anything does, is in the report."""
+    found = seen(together, f"{engine}, optimized after")
+    assert_like_one_process(found, "lora")
+    for each in found:
+        assert set(each["rules"]) >= LORA or each["untouched"], each["report"]
+
+
+def test_sharded_in_bfloat16(together: list[dict[str, Any]]) -> None:
+    """FSDP2's mixed precision: parameters gathered in bfloat16, losses as far off as rounding allows."""
+    found = seen(together, "fsdp2 in bfloat16")
+    assert found[0]["losses"] == pytest.approx(one_process("lora")[0], rel=2e-2)
+    assert found[0]["losses"] != pytest.approx(one_process("lora")[0], rel=1e-6)
+    assert set(found[0]["rules"]) >= LORA, found[0]["report"]

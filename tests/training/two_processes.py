@@ -1,0 +1,144 @@
+"""One process of several that train one model: started by test_two_processes.py, once for each rank.
+
+It writes what it saw to ``--out``: the loss of every step, the gradients of the first one, and weft's report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import traceback
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.nn.parallel import DistributedDataParallel
+
+from weft.sharding import shard
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from models import batch, in_four_bits, llama, quickly, with_lora
+
+WORLD = 2
+
+
+@dataclass(frozen=True)
+class Case:
+    """How a model is wrapped and trained."""
+
+    engine: Literal["ddp", "fsdp2"]
+    kind: Literal["full", "lora", "nf4", "nf4-bfloat16"] = "lora"
+    checkpointing: bool = False
+    optimize: Literal["before", "after"] = "before"
+    mixed: bool = False
+
+
+CASES = {
+    "ddp": Case("ddp"),
+    "ddp, nf4, checkpointed": Case("ddp", "nf4", checkpointing=True),
+    "ddp, full": Case("ddp", "full"),
+    "fsdp2": Case("fsdp2"),
+    "fsdp2, checkpointed": Case("fsdp2", checkpointing=True),
+    "fsdp2, nf4": Case("fsdp2", "nf4"),
+    "fsdp2, nf4, checkpointed": Case("fsdp2", "nf4", checkpointing=True),
+    "fsdp2, nf4 stored as bfloat16": Case("fsdp2", "nf4-bfloat16"),
+    "fsdp2, full": Case("fsdp2", "full"),
+    "ddp, optimized after": Case("ddp", optimize="after"),
+    "fsdp2, optimized after": Case("fsdp2", optimize="after"),
+    "fsdp2 in bfloat16": Case("fsdp2", mixed=True),
+}
+STEPS = 3
+SMALL = {"hidden_size": 64, "intermediate_size": 64}
+
+
+def build(kind: str) -> Any:
+    """The model that every process makes for itself, the same one."""
+    model = llama(**SMALL)
+    if kind == "full":
+        return model.train()
+    if kind.startswith("nf4"):
+        model = in_four_bits(model, storage=torch.bfloat16 if kind == "nf4-bfloat16" else torch.uint8)
+    return with_lora(model)
+
+
+def share(step: int, rank: int | None) -> dict[str, Tensor]:
+    """The rows of one process; of all where it is None."""
+    whole = batch(2 * WORLD, 10, seed=step)
+    return whole if rank is None else {name: value[2 * rank : 2 * rank + 2] for name, value in whole.items()}
+
+
+def train(model: nn.Module, rank: int | None) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """The losses of each step, and the gradients of the first."""
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    losses, gradients = [], {}
+    for step in range(STEPS):
+        loss = model(**share(step, rank)).loss
+        loss.backward()
+        losses.append(loss.detach())
+        gradients = gradients or {n: _whole(p.grad) for n, p in model.named_parameters() if p.grad is not None}
+        optimizer.step()
+        optimizer.zero_grad()
+    return losses, gradients
+
+
+def _whole(gradient: Tensor) -> Tensor:
+    full = getattr(gradient, "full_tensor", None)
+    return (gradient if full is None else full()).detach().clone()
+
+
+def run(case: Case, rank: int) -> dict[str, Any]:
+    """One case in one process: the losses, averaged over the processes, and what weft reports."""
+    model = build(case.kind)
+    if case.checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if case.optimize == "before":
+        quickly(model)
+    wrapped: nn.Module = model
+    if case.engine == "ddp":
+        wrapped = DistributedDataParallel(model)
+    else:
+        shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if case.mixed else None))
+    if case.optimize == "after":
+        quickly(model)
+    losses, gradients = train(wrapped, rank)
+    for loss in losses:
+        dist.all_reduce(loss)
+    report: Any = model.rewrite_report
+    return {
+        "losses": [float(loss) / WORLD for loss in losses],
+        "gradients": {n.removeprefix("module."): g for n, g in gradients.items()},
+        "report": str(report),
+        "rules": sorted({r.rule for r in report.rewrites}),
+        "graphs": len(report.graphs),
+        "untouched": sorted({p for r in report.regions if r.rung != "graph" for p in r.paths}),
+        "notes": list(report.notes),
+    }
+
+
+def main() -> None:
+    """One rank, all cases; what one of them raises is its result."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--store", required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    given = parser.parse_args()
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{given.store}", rank=given.rank, world_size=WORLD)
+    results = {}
+    for name, case in CASES.items():
+        try:
+            results[name] = run(case, given.rank)
+        except Exception:
+            results[name] = {"failed": traceback.format_exc()}
+        dist.barrier()
+    torch.save(results, given.out)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
