@@ -8,13 +8,13 @@ documents' ends: flash attention over ragged rows on a GPU, document by document
 
 from __future__ import annotations
 
-import weakref
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
 
 
 @dataclass(frozen=True)
@@ -33,29 +33,31 @@ class Documents:
 _ROWS = 1024
 """Queries whose part of a mask is looked at together: what that takes in memory does not grow with the square of the length."""
 
-_seen: dict[int, tuple[weakref.ref[Tensor], Any, Documents | None]] = {}
+_seen: dict[int, tuple[StorageWeakRef, Any, Documents | None]] = {}
+"""What masks say, by the memory that they are in: a layer may be given a view of the mask, or an alias of it."""
 
 
 def documents(mask: Tensor | None, q: Tensor, k: Tensor) -> Documents | None:
     """The documents that ``mask`` keeps apart, if that and causality is all it does."""
     if mask is None or mask.requires_grad or q.shape[2] != k.shape[2] or not _can_look(mask, q):
         return None
-    holder = mask._base if mask._is_view() and mask._base is not None else mask  # a view made anew for each layer
-    state = (mask._version, mask.shape, mask.stride(), mask.storage_offset(), q.shape[0])
-    known = _seen.get(id(holder))
-    if known is not None and known[0]() is holder and known[1] == state:
+    memory = StorageWeakRef(mask.untyped_storage())
+    state = (mask._version, mask.dtype, mask.shape, mask.stride(), mask.storage_offset(), q.shape[0])
+    known = _seen.get(memory.cdata)
+    if known is not None and not known[0].expired() and known[1] == state:
         return known[2]
     found = _look(mask, q.shape[0])
-    key = id(holder)
-    _seen[key] = (weakref.ref(holder, lambda _: _seen.pop(key, None)), state, found)
+    for gone in [key for key, (ref, *_) in _seen.items() if ref.expired()]:
+        del _seen[gone]
+    _seen[memory.cdata] = (memory, state, found)
     return found
 
 
 def _can_look(mask: Tensor, q: Tensor) -> bool:
-    """A mask of one row of bools or numbers for each query, alike for all heads; none whose values a CUDA graph will change."""
+    """A mask of one row for each query, alike for all heads; none that may change and not show it, as in a CUDA graph."""
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
     square = shape[1] == 1 and shape[0] in (1, q.shape[0]) and shape[2] == shape[3] == q.shape[2] > 1
-    return square and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    return square and not mask.is_inference() and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 
 def _look(mask: Tensor, rows: int) -> Documents | None:

@@ -25,6 +25,10 @@ class PrecisionError(WeftError, ValueError):
     """A weight, a plan or a budget that precision planning cannot work with."""
 
 
+class PackingError(WeftError, ValueError):
+    """Documents that cannot share a row: the model would let one see another, or they do not fit the rows."""
+
+
 class CheckpointError(WeftError, ValueError):
     """A checkpoint that cannot be loaded: a shard or a tensor is missing, cut off, or of another shape than the model's."""
 
