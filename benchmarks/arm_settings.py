@@ -45,6 +45,7 @@ class Setting:
     steps: int = 6
     warmup: int = 3
     checkpointing: bool = False
+    memory: str = ""
     verify: bool = True
     models: str = ""
 

@@ -123,7 +123,7 @@ def _peft(setting: Setting) -> Any:
             model, use_gradient_checkpointing=setting.checkpointing, gradient_checkpointing_kwargs=options
         )
         return get_peft_model(model, LoraConfig(**_lora()))
-    if setting.checkpointing:
+    if setting.checkpointing and not (setting.base == "weft" and setting.memory):
         model.gradient_checkpointing_enable(options)
         model.enable_input_require_grads()
     return get_peft_model(model, LoraConfig(**_lora()))

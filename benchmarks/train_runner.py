@@ -18,7 +18,7 @@ from .environment import write
 from .train_step import PREFIX, setting_of
 
 Finished = subprocess.CompletedProcess[str]
-FLAGS = ("shape", "layers", "batch", "length", "steps", "warmup", "models")
+FLAGS = ("shape", "layers", "batch", "length", "steps", "warmup", "memory", "models")
 
 
 def interleave(given: argparse.Namespace) -> int:

@@ -38,6 +38,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=6, help="timed steps")
     parser.add_argument("--warmup", type=int, default=3, help="steps before them")
     parser.add_argument("--checkpointing", action="store_true", help="recompute activations, each arm in its own way")
+    parser.add_argument("--memory", default="", help="optimize(memory=...), in place of --checkpointing: 24GB, or min")
     parser.add_argument("--no-verify", dest="verify", action="store_false", help="optimize(verify=False)")
     parser.add_argument("--models", default="", help="folder for saved models; the system's temporary one if not given")
     given = parser.parse_args(arguments)
@@ -48,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def setting_of(given: argparse.Namespace, arm: str) -> Setting:
     """The setting of one arm on a command line."""
-    fields = ("shape", "layers", "batch", "length", "steps", "warmup", "checkpointing", "verify", "models")
+    fields = ("shape", "layers", "batch", "length", "steps", "warmup", "checkpointing", "memory", "verify", "models")
     return Setting(arm, **{name: getattr(given, name) for name in fields})
 
 

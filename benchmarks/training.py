@@ -41,7 +41,7 @@ def _optimize(model: Any, setting: Setting) -> dict[str, Any]:
 
     started = time.perf_counter()
     with _autocast():
-        optimize(model, mode="train", verify=setting.verify)
+        optimize(model, mode="train", verify=setting.verify, memory=setting.memory or None)
     _wait()
     return {"optimize_s": round(time.perf_counter() - started, 3)}
 
@@ -54,7 +54,17 @@ def _report(model: Any) -> dict[str, Any]:
         "refusals": dict(Counter(f"{r.rule}: {r.reason}" for r in report.refusals)),
         "graphs": len(report.graphs),
         "notes": report.notes[:10],
+        "memory": _memory(report.memory),
     }
+
+
+def _memory(plan: Any) -> dict[str, Any] | None:
+    """The plan of the last step, in GiB, and how many blocks do what."""
+    if plan is None:
+        return None
+    sizes = ("limit", "predicted", "measured", "resident", "working")
+    gib = {name: round(value / 2**30, 3) for name in sizes if (value := getattr(plan, name)) is not None}
+    return gib | {"extra_s": round(plan.extra_seconds, 4), "blocks": dict(Counter(b.choice for b in plan.blocks))}
 
 
 def _train(model: Any, optimizer: Any, setting: Setting) -> dict[str, Any]:

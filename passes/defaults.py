@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..kernels import flops as flops  # registers what the operators cost
 from ..rewrite.pipeline import Pass, Rules
 from .attention import FuseAttention
 from .common_subexpressions import CommonSubexpressions

@@ -11,11 +11,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 
 from . import graph as g
+from .blocks import BlockGraph, StepMemory
 from .driver import Verifier
-from .lower import lower
+from .joint import JointGraph
+from .lower import has_checkpoint, lower
 from .pipeline import Pass, run_pipeline
 from .report import GraphRecord, RegionRecord, RewriteReport
 from .verify import Replayer
@@ -46,6 +48,10 @@ class Session:
     """Path of each of the model's parameters, by identity."""
     reached: set[int] = field(default_factory=set)
     """Identities of the parameters that are inputs of captured graphs."""
+    memory: StepMemory | None = None
+    """Plans what blocks save for their backward; None: all that it reads."""
+    before: list[Callable[[], None]] = field(default_factory=list)
+    """Called whenever a module runs that holds blocks."""
     _region: threading.local = field(default_factory=threading.local)
     _replays: dict[Any, Any] = field(default_factory=dict)
 
@@ -76,7 +82,7 @@ class Session:
         original.graph = _copy(module.graph)
         try:
             self.rewrite(module, example_inputs, record)
-            function = lower(module)
+            function = self._lowered(module, example_inputs, rung)
         except Exception as error:  # whatever a rule does, the model must run; the report and the log say what happened
             _log.debug("rewriting %s failed", self.path, exc_info=True)
             record = GraphRecord(RegionRecord([], rung, note=f"left as captured: {first_line(error)}"))
@@ -86,6 +92,20 @@ class Session:
         self.report.graphs.append(record)
         self.report.total_seconds += time.perf_counter() - started
         return CapturedGraph(self, record, function, anchors)
+
+    def _lowered(self, module: fx.GraphModule, example_inputs: Sequence[Any], rung: str) -> Callable[..., Any]:
+        """The callable: a block in training saves what is planned, anything else what its operators save."""
+        trained = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in example_inputs)
+        if self.memory is None or rung != "graph" or not trained or self.path not in self.memory.paths:
+            return lower(module)
+        try:
+            joint = JointGraph(module, example_inputs)
+            joint.lower()
+        except Exception as error:  # what AOTAutograd cannot trace runs node by node, and the report says so
+            _log.debug("lowering %s failed", self.path, exc_info=True)
+            self.report.notes.append(f"{self.path}: saves all that its backward reads: {first_line(error)}")
+            return lower(module)
+        return BlockGraph(joint, self.memory, lambda: self.path, has_checkpoint(module))
 
     def rewrite(self, module: fx.GraphModule, example_inputs: Sequence[Any], record: GraphRecord) -> None:
         """Run the passes over ``module``."""
@@ -98,6 +118,11 @@ class Session:
             verifier = Replayer(examples, self._replays)
         run_pipeline(module, self.passes, verifier, record)
         record.region.parameters = reached_parameters(module)
+
+    def reach(self, arguments: Sequence[Any], names: set[str]) -> None:
+        """Note parameters as reached: by identity, and by path where another tensor stands in for them (sharded ones)."""
+        self.reached |= {id(a) for a in arguments if isinstance(a, torch.nn.Parameter)}
+        self.reached |= {identity for identity, name in self.names.items() if name in names}
 
     def place(self, anchors: Sequence[Anchor], arguments: Sequence[Any]) -> str:
         """Whole path of the module whose forward a graph is, from those of the parameters that it is called with.
@@ -144,8 +169,8 @@ class CapturedGraph:
         return self.function(*args)
 
     def _note(self, args: tuple[Any, ...]) -> None:
-        self.session.reached.update(id(a) for a in args if isinstance(a, torch.nn.Parameter))
         region, path, place = self.record.region, self.session.path, self.session.place(self.anchors, args)
+        self.session.reach(args, {f"{where}.{a.name}".lstrip(".") for a in self.anchors for where in (place, path)})
         for known, new in ((region.paths, path), (region.places, place)):
             if new not in known:
                 known.append(new)

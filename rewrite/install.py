@@ -153,7 +153,18 @@ class Installation:
     def _runner(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
         if site.role == "traced":
             return torch.compiler.disable(TracedRun(self.session, site, original, self._descend).run)
-        return torch.compiler.disable(original) if site.role == "opaque" else self._region(site, original)
+        return self._opaque(original) if site.role == "opaque" else self._region(site, original)
+
+    def _opaque(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        uncaptured, before = torch.compiler.disable(original), self.session.before
+
+        @torch.compiler.disable(recursive=False)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            for call in before:
+                call()
+            return uncaptured(*args, **kwargs)
+
+        return run
 
     def _descend(self, site: Site) -> None:
         if all(f.module is not site.module for f in self.replaced.values()):
@@ -163,9 +174,12 @@ class Installation:
         captured = _with_code_of_its_own(original, self.codes)
         compiled = torch.compile(captured, backend=self.session.compiler, dynamic=True)
         session, path, layer = self.session, site.path, layer_number(site.module)
+        memory = session.memory if session.memory and path in session.memory.paths else None
 
         @torch.compiler.disable(recursive=False)  # called where Dynamo gave a frame up, it would be captured itself
         def run(*args: Any, **kwargs: Any) -> Any:
+            if memory is not None and torch.is_grad_enabled():
+                memory.enter(path)
             if layer is not None:
                 kwargs = narrow_caches(kwargs, layer)
             try:

@@ -20,14 +20,22 @@ def lower(module: fx.GraphModule) -> Callable[..., Any]:
     return module.forward
 
 
+def has_checkpoint(module: fx.GraphModule) -> bool:
+    """Whether a part of ``module`` is marked to be computed again."""
+    return any(n.target is _marker() for n in module.graph.nodes)
+
+
+def _marker() -> Any:
+    return torch.ops.higher_order.tag_activation_checkpoint
+
+
 def lower_checkpoints(module: fx.GraphModule) -> None:
     """Make activation checkpoints recompute.
 
     Dynamo's higher-order operator only marks its body for a partitioner to recompute; run as it is, it would save all.
     """
-    marker = torch.ops.higher_order.tag_activation_checkpoint
     for node in list(module.graph.nodes):
-        if node.op == "call_function" and node.target is marker:
+        if node.op == "call_function" and node.target is _marker():
             node.target = _recompute
     module.recompile()
 

@@ -35,12 +35,13 @@ class Plan:
     """The forwards to replace, in two steps.
 
     ``first`` is always replaced. ``root``, then, where every inline block turns out to return a tensor like the one it was
-    given; ``instead``, where one does not.
+    given; ``instead``, where one does not. ``blocks`` are the paths of the blocks.
     """
 
     first: list[Site]
     root: Site | None = None
     instead: tuple[Site, ...] = ()
+    blocks: tuple[str, ...] = ()
 
 
 def plan_sites(root: nn.Module, prefix: str = "") -> Plan:
@@ -56,9 +57,10 @@ def plan_sites(root: nn.Module, prefix: str = "") -> Plan:
     opaque = [Site(_join(prefix, p), m, "opaque") for p, m in holders.items() if p]
     inner = [site for h, found in sides.items() if h for site in found]
     top = Site(prefix, root, "region")
+    names = tuple(_join(prefix, p) for p in blocks)
     if "" not in direct:
-        return Plan(_once([*sites, *inner, *opaque, top]))
-    return Plan(_once([*sites, *inner, *opaque]), top, tuple(sides.get("", ())))
+        return Plan(_once([*sites, *inner, *opaque, top]), blocks=names)
+    return Plan(_once([*sites, *inner, *opaque]), top, tuple(sides.get("", ())), names)
 
 
 def find_blocks(root: nn.Module) -> dict[str, nn.Module]:

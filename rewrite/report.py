@@ -112,6 +112,7 @@ class RewriteReport:
     capture_seconds: float = 0.0
     total_seconds: float = 0.0
     precision: Any = None
+    steps: Any = None
     installed: bool = True
 
     @property
@@ -130,6 +131,11 @@ class RewriteReport:
         done = {(r.rule, r.module_path) for r in self.rewrites}
         found = _unique((g, m) for g in self.graphs for m in g.instances(g.misses))
         return [m for m in found if (m.rule, m.module_path) not in done]
+
+    @property
+    def memory(self) -> Any:
+        """The :class:`.recompute.MemoryPlan` of the last training step that began; None where none is planned."""
+        return None if self.steps is None else self.steps.plan
 
     @property
     def regions(self) -> list[RegionRecord]:
@@ -182,6 +188,7 @@ class RewriteReport:
             "parameter_share": self.parameter_share,
             "capture_seconds": self.capture_seconds,
             "total_seconds": self.total_seconds,
+            "memory": None if self.memory is None else self.memory.to_dict(),
             "precision": self.precision.to_dict() if hasattr(self.precision, "to_dict") else self.precision,
         }
 
@@ -213,7 +220,7 @@ class RewriteReport:
     def __deepcopy__(self, memo: dict[int, Any]) -> RewriteReport:
         """A copied model runs its original forward: its report says so."""
         note = "this model is a copy: its rewrites did not travel with it; call optimize() on it"
-        return replace(self, graphs=[], notes=[note], installed=False)
+        return replace(self, graphs=[], notes=[note], steps=None, installed=False)
 
 
 def _unique(records: Iterable[tuple[GraphRecord, Any]]) -> list[Any]:

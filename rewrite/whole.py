@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 
 from torch import nn
 
+from .blocks import Limit, StepMemory
 from .capture import Session
 from .install import Installation
 from .ladder import noting_calls, outside, unreached
@@ -15,7 +16,13 @@ from .report import RewriteReport
 
 
 def capture_model(
-    model: nn.Module, root: nn.Module, passes: Sequence[Pass], run: Callable[[], None], mode: str, verify: bool = True
+    model: nn.Module,
+    root: nn.Module,
+    passes: Sequence[Pass],
+    run: Callable[[], None],
+    mode: str,
+    verify: bool = True,
+    memory: Limit | None = None,
 ) -> Installation:
     """Replace the forwards of ``root``'s regions by captured and rewritten ones.
 
@@ -29,13 +36,15 @@ def capture_model(
         run: calls ``model`` on example inputs, without lasting effects. Called several times.
         mode: as the report states it.
         verify: replay every rewrite.
+        memory: the limit of a training step, within which is planned what the blocks save; None: they save all.
 
     Raises:
         Exception: what ``run`` raises; every forward has then been given back.
     """
     prefix = next(path for path, module in model.named_modules() if module is root)
     plan = plan_sites(root, prefix)
-    installation = Installation(_session(model, passes, mode, verify))
+    steps = None if memory is None else StepMemory(plan.blocks, model, memory)
+    installation = Installation(_session(model, passes, mode, verify, steps))
     _run_plan(installation, plan, [], run)
     missing = unreached(root, prefix, installation.session.reached)
     if not missing:
@@ -43,15 +52,15 @@ def capture_model(
     installation.remove_all()
     with noting_calls(missing) as called:
         run()
-    again = Installation(_session(model, passes, mode, verify))
+    again = Installation(_session(model, passes, mode, verify, steps))
     _run_plan(again, plan, [s for s in missing if s.path in called], run)
     return again
 
 
-def _session(model: nn.Module, passes: Sequence[Pass], mode: str, verify: bool) -> Session:
+def _session(model: nn.Module, passes: Sequence[Pass], mode: str, verify: bool, memory: StepMemory | None) -> Session:
     report = RewriteReport(mode, parameters={n: p.numel() for n, p in model.named_parameters()})
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
-    return Session(list(passes), report, verify, names)
+    return Session(list(passes), report, verify, names, memory=memory)
 
 
 def _run_plan(installation: Installation, plan: Plan, traced: list[Site], run: Callable[[], None]) -> None:

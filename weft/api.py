@@ -13,12 +13,15 @@ import torch
 from torch import nn
 
 from weft.applying import apply_plan
+from weft.checkpointing import obeying, release
 from weft.kernels.dispatch import why_reference
 from weft.passes.defaults import default_passes
 from weft.precision import Options, measure, store_as_planned
+from weft.quant.budget import parse_memory
 from weft.quant.formats import FORMATS
 from weft.quant.modules import Replaced, give_back
 from weft.quant.plan import PrecisionBudget, PrecisionPlan
+from weft.rewrite.blocks import Limit
 from weft.rewrite.check import check_gradients, check_model
 from weft.rewrite.errors import ExampleInputsError, InternalError, OptionError, UndoError, WeftError
 from weft.rewrite.examples import check_examples, make_examples
@@ -48,7 +51,7 @@ def optimize(
     example_inputs: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
     precision: PrecisionBudget | PrecisionPlan | None = None,
     calibration: Iterable[Mapping[str, Any]] | None = None,
-    memory: str | None = None,
+    memory: str | int | None = None,
     passes: Sequence[Pass] | None = None,
     verify: bool = True,
     keep_weights: bool = False,
@@ -62,6 +65,9 @@ def optimize(
             that the budget allows; a ``PrecisionPlan`` made before is put into force.
         calibration: forward keyword arguments, one mapping a batch, on which precision is measured; None: weft makes some,
             or takes ``example_inputs`` where it cannot.
+        memory: what a training step may take at its peak on the model's device: bytes, text such as ``"24GB"``, or ``"min"``
+            for as little as possible; None on a GPU: what is free there. Each block then saves, computes again, or sends to
+            the host's memory what takes the least time within it.
         keep_weights: keep the former weights in the host's memory, so that ``undo`` can give them back.
         example_inputs: keyword arguments of one forward call (or a list of several calls) from which the graphs are
             captured; None makes them from ``model.config``. Other shapes and arguments are captured when they come.
@@ -73,7 +79,8 @@ def optimize(
     """
     check_model(model)
     mode = _mode(model, mode)
-    _check_options(precision, calibration, memory, keep_weights)
+    _check_options(precision, calibration, keep_weights)
+    limit = _limit(model, mode, memory)
     root = innermost(model)
     if root in _installed:
         return _as_it_is(model, precision)
@@ -85,7 +92,7 @@ def optimize(
     plan, replaced = _store(model, precision, calibration, examples if example_inputs is not None else ())
     try:
         run = lambda: _run_examples(model, examples, mode)  # noqa: E731
-        installation = capture_model(model, root, chosen, run, mode, verify)
+        installation = capture_model(model, root, chosen, run, mode, verify, limit)
     except BaseException as error:
         give_back(replaced)
         if not isinstance(error, Exception):
@@ -96,7 +103,8 @@ def optimize(
     rewriting = report.total_seconds
     report.total_seconds = time.perf_counter() - started
     report.capture_seconds = report.total_seconds - rewriting
-    report.precision = plan
+    report.precision, report.steps = plan, installation.session.memory
+    _obey_checkpointing(installation)
     installation.drop_unused()
     _installed[root] = Optimized(installation, plan, replaced if keep_weights else [])
     for holder in {id(m): m for m in (model, root)}.values():
@@ -120,10 +128,18 @@ def undo(model: nn.Module) -> nn.Module:
         )
     del _installed[root]
     done.installation.remove_all()
+    release(root)
     give_back(done.replaced)
     for module in (model, root):
         module.__dict__.pop("rewrite_report", None)
     return model
+
+
+def _obey_checkpointing(installation: Installation) -> None:
+    memory = installation.session.memory
+    if memory is not None:
+        blocks = [f.module for path, f in installation.replaced.items() if path in memory.paths]
+        installation.session.before.append(obeying(blocks, memory))
 
 
 def _mode(model: nn.Module, mode: str | None) -> str:
@@ -143,9 +159,22 @@ def _passes(passes: Sequence[Pass] | None, mode: str) -> list[Pass]:
     return list(passes)
 
 
-def _check_options(precision: Any, calibration: Any, memory: Any, keep_weights: Any) -> None:
-    if memory is not None:
-        raise OptionError("this version of weft does not plan the memory of a training step yet: leave out memory")
+def _limit(model: nn.Module, mode: str, memory: str | int | None) -> Limit | None:
+    """Within what the steps of ``model`` are planned; None: they are not."""
+    if memory is None:
+        on_gpu = any(p.device.type == "cuda" for p in model.parameters())
+        return "free" if mode == "train" and on_gpu else None
+    if mode != "train":
+        raise OptionError(f"memory limits a training step, and mode is {mode!r}: leave it out")
+    if memory == "min":
+        return "min"
+    try:
+        return parse_memory(memory)
+    except WeftError as error:
+        raise OptionError(f'memory takes bytes, text such as "24GB", or "min": {error}') from error
+
+
+def _check_options(precision: Any, calibration: Any, keep_weights: Any) -> None:
     if precision is not None and not isinstance(precision, PrecisionBudget | PrecisionPlan):
         raise OptionError(f"precision takes a PrecisionBudget or a PrecisionPlan, not a {type(precision).__name__}")
     if precision is None and (calibration is not None or keep_weights):

@@ -1,0 +1,204 @@
+"""Runs the blocks of a model in training: each call saves for its backward what the plan of its step says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from .joint import JointGraph
+from .offload import HostStore
+from .rates import Rates, measured_rates
+from .recompute import BlockCosts, BlockMemory, MemoryPlan, Option, activation, block_costs, choose_options
+
+ADAM_BYTES = 8
+"""Of optimizer state for each trained number, as long as there is none to be seen: AdamW's two moments in float32."""
+
+FILLED = 0.95
+"""Of the memory that is free, what may be planned with: the allocator's blocks do not fit together without gaps."""
+
+Limit = int | Literal["free", "min"]
+Key = tuple[str, int]
+"""A block's path, and which of its graphs."""
+
+
+@dataclass
+class StepMemory:
+    """Plans the memory of a model's training steps, one forward at a time.
+
+    Args:
+        paths: of the blocks, in the order of the model.
+        model: whose parameters are trained.
+        limit: bytes that a step may take at its peak; ``"free"``: what the device has free; ``"min"``: as few as possible.
+    """
+
+    paths: Sequence[str]
+    model: nn.Module
+    limit: Limit = "free"
+    plan: MemoryPlan | None = None
+    checkpointed: bool = False
+    """Set while a block runs that its model wants computed again."""
+    _entered: set[str] = field(default_factory=set)
+    _called: list[Key] = field(default_factory=list)
+    _costs: dict[Key, BlockCosts] = field(default_factory=dict)
+    _chosen: dict[Key, Option] = field(default_factory=dict)
+    _passes: dict[Any, list[Key]] = field(default_factory=dict)
+    _shapes: Any = None
+    _versions: int | None = None
+    _store: HostStore | None = None
+
+    def enter(self, path: str) -> None:
+        """The forward of the block at ``path`` begins; its second time begins another forward of the model."""
+        if path in self._entered:
+            self._entered.clear()
+        if not self._entered and self._called:
+            self._passes[self._shapes] = self._called
+            self._called = []
+        self._entered.add(path)
+
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """Blocks that run inside save their inputs and little more."""
+        before, self.checkpointed = self.checkpointed, True
+        try:
+            yield
+        finally:
+            self.checkpointed = before
+
+    def option(self, path: str, block: BlockGraph, args: Sequence[Any]) -> Option:
+        """What the block at ``path`` does in this call."""
+        key = (path, id(block))
+        costs = block.costs(args, self.checkpointed)
+        begins = not self._called
+        if begins:
+            self._begin(args, costs)
+        changed = self._costs.get(key) is not costs
+        self._called.append(key)
+        self._costs[key] = costs
+        if begins or changed or key not in self._chosen:
+            self._choose(key, costs)
+        return self._chosen[key]
+
+    def _begin(self, args: Sequence[Any], costs: BlockCosts) -> None:
+        """A forward begins: see what memory there is."""
+        device = next(a.device for a in args if isinstance(a, Tensor))
+        measured = _peak_since(self.plan, device)
+        self._shapes = _shapes(args)
+        now = resident_bytes(self.model, device)
+        limit = now + int(FILLED * free_bytes(device)) if self.limit == "free" else self.limit
+        expected = self._passes.get(self._shapes, ())
+        working = max([costs.working, *(self._costs[k].working for k in expected)])
+        self.plan = MemoryPlan(None if limit == "min" else limit, now + self._pending(), working, measured=measured)
+        self.plan.peak_before = _peak(device)
+
+    def _choose(self, key: Key, like: BlockCosts) -> None:
+        """Choose for this block and those still to come; those not seen yet are taken to be like this one."""
+        assert self.plan is not None
+        plan, done = self.plan, len(self._called) - 1
+        expected = self._passes.get(self._shapes)
+        if expected is None:
+            seen = {path for path, _ in self._called}
+            to_come = [key, *((path, 0) for path in self.paths if path not in seen)]
+        else:
+            to_come = [key, *(k for k in expected if k not in self._called)]
+        room = (plan.limit or 0) - plan.resident - plan.working - sum(b.saved_bytes for b in plan.blocks[:done])
+        chosen = choose_options([self._costs.get(k, like) for k in to_come], room)
+        self._chosen |= dict(zip(to_come, chosen, strict=True))
+        plan.blocks[done:] = [_record(path, o) for (path, _), o in zip(to_come, chosen, strict=True)]
+
+    def _pending(self) -> int:
+        """Bytes that a step will add and keep: gradients that are not there, and before the first one the optimizer's state.
+
+        An optimizer that has stepped has changed the parameters in place.
+        """
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        versions = sum(p._version for p in trained)
+        first, self._versions = self._versions is None, versions if self._versions is None else self._versions
+        state = 0 if not first and versions != self._versions else ADAM_BYTES * sum(p.numel() for p in trained)
+        return state + sum(p.numel() * p.element_size() for p in trained if p.grad is None)
+
+    def saving(self, option: Option, args: Sequence[Any]) -> AbstractContextManager[Any]:
+        """Entered around a block's call, sends to the host what the option keeps there."""
+        given = activation(args)
+        if not option.host_bytes or given is None:
+            return nullcontext()
+        if self._store is None:
+            self._store = HostStore(given.device)
+        return self._store.offloading(given)
+
+
+def _record(path: str, option: Option) -> BlockMemory:
+    how = (
+        "saves all"
+        if option.saved is None
+        else f"saves {len(option.saved)} values"
+        if option.saved
+        else "recomputes all"
+    )
+    return BlockMemory(path, option.bytes, option.host_bytes, option.seconds, how)
+
+
+@dataclass
+class BlockGraph:
+    """The rewritten graph of a block, in training; one for all blocks that share it."""
+
+    joint: JointGraph
+    memory: StepMemory
+    place: Callable[[], str]
+    checkpointed: bool = False
+    _costs: dict[Any, BlockCosts] = field(default_factory=dict)
+
+    def __call__(self, *args: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return self.joint.lower()(*args)
+        option = self.memory.option(self.place(), self, args)
+        with self.memory.saving(option, args):
+            return self.joint.lower(option.saved)(*args)
+
+    def costs(self, args: Sequence[Any], checkpointed: bool = False) -> BlockCosts:
+        """The options at the sizes of ``args``; only the thriftiest for a block whose model asked for checkpointing."""
+        checkpointed = checkpointed or self.checkpointed
+        key = (checkpointed, _shapes(args))
+        if key not in self._costs:
+            self._costs[key] = block_costs(self.joint, args, _rates(args), checkpointed)
+        return self._costs[key]
+
+
+def _rates(args: Sequence[Any]) -> Rates:
+    floating = next(a for a in args if isinstance(a, Tensor) and a.is_floating_point())
+    return measured_rates(floating.device, floating.dtype)
+
+
+def _shapes(args: Sequence[Any]) -> tuple[Any, ...]:
+    return tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in args if not isinstance(a, nn.Parameter))
+
+
+def resident_bytes(model: nn.Module, device: torch.device) -> int:
+    """Bytes taken now: on a GPU what its allocator has given out, elsewhere the model and its gradients."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    held = [*model.parameters(), *model.buffers()]
+    held += [p.grad for p in model.parameters() if p.grad is not None]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+
+
+def free_bytes(device: torch.device) -> int:
+    """Bytes that can still be allocated: free on the device, or held by torch's allocator and not given out."""
+    if device.type != "cuda":
+        return 2**62
+    free, _ = torch.cuda.mem_get_info(device)
+    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+
+
+def _peak(device: torch.device) -> int | None:
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
+
+
+def _peak_since(plan: MemoryPlan | None, device: torch.device) -> int | None:
+    """The peak of the step that ``plan`` was for, if it was the highest since the allocator's statistics began."""
+    now = _peak(device)
+    return None if plan is None or now == plan.peak_before else now

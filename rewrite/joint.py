@@ -1,0 +1,164 @@
+"""A region's graph for training, lowered through AOTAutograd: a forward and a backward that save what is chosen.
+
+The joint graph of forward and backward is traced once a choice; what is not among the saved values is computed again in the
+backward, as late as it is needed, and nothing that no gradient needs is computed twice. Saved tensors are those of one
+``autograd.Function``: hooks of ``torch.autograd.graph`` see them, and so does ``torch.utils.checkpoint``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.partitioners import default_partition
+from torch._guards import TracingContext, tracing
+from torch.fx.graph import _BoxedCodeGen
+from torch.utils.checkpoint import CheckpointPolicy
+
+from .remat import INFINITE, Operation, Problem
+from .sizes import Evaluate, storages, value_bytes
+
+Seconds = Callable[[fx.Node], float]
+
+
+class JointGraph:
+    """The forward and backward of one rewritten graph, by what they save.
+
+    Attributes:
+        graph: the joint graph of the first lowering, for analysis. Its inputs are those of the region's graph.
+        backward: of each choice lowered so far, the backward's graph.
+    """
+
+    def __init__(self, module: fx.GraphModule, fakes: Sequence[Any]) -> None:
+        self.module = module
+        self.fakes = list(fakes)
+        self.graph: fx.Graph | None = None
+        self.backward: dict[frozenset[str] | None, fx.Graph] = {}
+        self._context = TracingContext.try_get()
+        self._lowered: dict[frozenset[str] | None, Callable[..., Any]] = {}
+
+    def lower(self, saved: frozenset[str] | None = None) -> Callable[..., Any]:
+        """The callable that saves the values of these names for its backward; None saves all that the backward reads."""
+        if saved not in self._lowered:
+            backend = aot_autograd(
+                fw_compiler=_boxed,
+                bw_compiler=lambda module, _: self._backward(saved, module),
+                partition_fn=lambda joint, inputs, **options: self._partition(saved, joint, inputs, options),
+            )
+            with tracing(self._context), torch.enable_grad():
+                self._lowered[saved] = backend(self.module, self.fakes)
+        return self._lowered[saved]
+
+    def _backward(self, saved: frozenset[str] | None, module: fx.GraphModule) -> Callable[..., Any]:
+        self.backward[saved] = module.graph
+        return _boxed(module)
+
+    def _partition(self, saved: frozenset[str] | None, joint: fx.GraphModule, inputs: Any, options: Any) -> Any:
+        if self.graph is None:
+            self.graph = _analysed(joint)
+        if saved is not None:
+            for node in forward_nodes(joint.graph):
+                keep = node.name in saved or is_random(node)
+                node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.MUST_RECOMPUTE
+                node.meta["ac_graph_id"] = 0
+        return default_partition(joint, inputs, **options)
+
+
+def _analysed(joint: fx.GraphModule) -> fx.Graph:
+    copied = fx.Graph()
+    output = copied.graph_copy(joint.graph, {})
+    copied.output(output)
+    return copied
+
+
+def _boxed(module: fx.GraphModule, _: Any = None) -> Callable[..., Any]:
+    """Run node by node. The inputs come in a list that is emptied, so that each is freed after its last use."""
+    module.graph.set_codegen(_BoxedCodeGen())
+    module.recompile()
+    function: Any = module.forward
+
+    def run(arguments: list[Any]) -> Any:
+        return function(arguments)
+
+    run._boxed_call = True  # pyright: ignore[reportFunctionMemberAccess]  (AOTAutograd's own mark)
+    return run
+
+
+def forward_nodes(graph: fx.Graph) -> list[fx.Node]:
+    """The calls of a joint graph that depend on no incoming gradient and run before those that do."""
+    last = max(
+        (i for i, n in enumerate(graph.nodes) if n.meta.get("partitioner_tag") == "is_forward" or _is_primal(n)),
+        default=-1,
+    )
+    return [n for i, n in enumerate(graph.nodes) if i <= last and n.op == "call_function"]
+
+
+def _is_primal(node: fx.Node) -> bool:
+    return node.op == "placeholder" and "tangents" not in str(node.target)
+
+
+def is_random(node: fx.Node) -> bool:
+    """Whether a call may return something else the next time."""
+    tags = getattr(node.target, "tags", ())
+    drawn = torch.Tag.nondeterministic_seeded in tags and not _without_dropout(node)
+    return drawn or getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+
+
+def _without_dropout(node: fx.Node) -> bool:
+    """Attention that could drop out, and does not, is the same every time."""
+    schema = getattr(node.target, "_schema", None)
+    if schema is None:
+        return False
+    names = [argument.name for argument in schema.arguments]
+    given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+    default = next((a.default_value for a in schema.arguments if a.name == "dropout_p"), None)
+    return "dropout_p" in names and bool(given.get("dropout_p", default) == 0.0)
+
+
+def recompute_problem(graph: fx.Graph, seconds: Seconds, of: Evaluate) -> Problem:
+    """What to save of a joint graph's forward, as a minimum cut asks it.
+
+    Views are never saved: what they show is. Outputs of one call are saved apart.
+    """
+    forward = forward_nodes(graph)
+    inside = set(forward)
+    operations: dict[str, Operation] = {}
+    producer, size, needed = dict[str, str](), dict[str, float](), []
+    for node in forward:
+        if _is_number(node):
+            continue
+        part = _is_part(node)
+        if not part:
+            reads = tuple(n.name for n in node.all_input_nodes if n in inside and not _is_number(n))
+            again = INFINITE if is_random(node) else (0.0 if _is_view(node) else seconds(node))
+            operations[node.name] = Operation(again, reads)
+        producer[node.name] = node.args[0].name if part else node.name  # pyright: ignore
+        whole = isinstance(node.meta.get("val"), Tensor) and not _is_view(node)
+        size[node.name] = value_bytes(node.meta.get("val"), of) if whole else INFINITE
+        if any(user not in inside and user.op != "output" for user in node.users):
+            needed.append(node.name)
+    return Problem(operations, producer, size, tuple(needed))
+
+
+def _is_number(node: fx.Node) -> bool:
+    return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
+
+
+def _is_part(node: fx.Node) -> bool:
+    """One of several outputs of a call."""
+    first = node.args[0] if node.args else None
+    return (
+        getattr(node.target, "__name__", "") == "getitem"
+        and isinstance(first, fx.Node)
+        and not isinstance(first.meta.get("val"), Tensor)
+    )
+
+
+def _is_view(node: fx.Node) -> bool:
+    own = set(storages(node.meta.get("val")))
+    return (
+        not _is_part(node) and bool(own) and any(own & set(storages(n.meta.get("val"))) for n in node.all_input_nodes)
+    )

@@ -1,0 +1,192 @@
+"""Plans what each block saves for its backward, so that a training step stays within a limit of memory.
+
+For each block there are options: what a minimum cut saves at some price of memory (:mod:`.remat`), with the block's input kept
+on the device or in the host's memory. The options of a model's blocks are exchanged, one step at a time and earlier blocks
+first, for whatever takes the least time for each byte freed, until the step fits: on options of decreasing return that is the
+optimum but for the last step. When blocks are measured and when the backward of the last one runs, all others hold what they
+saved, and the last one holds all that its backward reads:
+
+    peak  =  resident  +  Σ saved, without the last block  +  the most that one backward has alive
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.nn import Parameter
+
+from .joint import JointGraph, recompute_problem
+from .liveness import peak_bytes
+from .rates import Rates
+from .remat import Choice, frontier
+from .sizes import Evaluate, evaluator, node_flops, node_traffic, value_bytes
+
+PRICES = tuple(10.0**-exponent for exponent in (16, 14, 13, 12.5, 12, 11.75, 11.5, 11.25, 11, 10.5, 10, 9.5, 9))
+"""Seconds a byte at which the cut is asked: for a gigabyte from 0.1 µs to a second, above which no memory is worth it."""
+
+CONTENTION = 0.02
+"""Share of a copy to the host that computation loses to it, where they overlap: both read the same memory."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What one block may do: names of saved values (None: all), bytes that stay on the device, extra seconds."""
+
+    saved: frozenset[str] | None
+    bytes: int
+    seconds: float
+    host_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class BlockCosts:
+    """The options of one block at the sizes of a call, most bytes first, and the most that its backward has alive."""
+
+    options: tuple[Option, ...]
+    working: int
+
+
+THRIFTY = 1 / 32
+"""Of what a block could save, the most that it saves where its model asks for checkpointing."""
+
+
+def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpointed: bool = False) -> BlockCosts:
+    """The options of a block for a call with ``args``; those that save next to nothing if ``checkpointed``."""
+    joint.lower()
+    assert joint.graph is not None
+    of = evaluator(joint.fakes, args)
+    seconds: Callable[[fx.Node], float] = lambda node: node_seconds(node, of, rates)  # noqa: E731
+    choices = frontier(recompute_problem(joint.graph, seconds, of), PRICES)
+    if checkpointed:
+        choices = [c for c in choices if c.bytes <= THRIFTY * choices[0].bytes] or choices[-1:]
+    given = activation(args)
+    held = 0 if given is None else given.numel() * given.element_size()
+    forward = sum(seconds(n) for n in joint.graph.nodes if n.meta.get("partitioner_tag") == "is_forward")
+    return BlockCosts(_hull(_options(choices, held, forward, rates)), _working(joint, of, held))
+
+
+def node_seconds(node: fx.Node, of: Evaluate, rates: Rates) -> float:
+    """How long one call takes: by its traffic or its arithmetic, whichever is more, and a call's own cost."""
+    if node.op != "call_function":
+        return 0.0
+    return max(node_traffic(node, of) / rates.copy, node_flops(node, of) / rates.product) + rates.call
+
+
+def activation(args: Sequence[Any]) -> Tensor | None:
+    """A block's input: the first tensor besides parameters that a gradient goes through."""
+    return next((a for a in args if isinstance(a, Tensor) and a.requires_grad and not isinstance(a, Parameter)), None)
+
+
+def _options(choices: Sequence[Choice], held: int, forward: float, rates: Rates) -> list[Option]:
+    options = [Option(_names(c), c.bytes + held, c.seconds) for c in choices]
+    if held and rates.host:
+        copy = held / rates.host
+        extra = max(0.0, copy - forward) + CONTENTION * copy
+        options += [Option(_names(c), c.bytes, c.seconds + extra, held) for c in choices]
+    return options
+
+
+def _names(choice: Choice) -> frozenset[str] | None:
+    return choice.saved if choice.seconds else None
+
+
+def _hull(options: Sequence[Option]) -> tuple[Option, ...]:
+    """Those of decreasing return: each step to fewer bytes costs more seconds a byte than the one before."""
+    hull: list[Option] = []
+    for option in sorted(options, key=lambda o: (-o.bytes, o.seconds)):
+        while hull and (option.seconds <= hull[-1].seconds or (len(hull) > 1 and _bends(hull[-2], hull[-1], option))):
+            hull.pop()
+        if not hull or option.bytes < hull[-1].bytes:
+            hull.append(option)
+    return tuple(hull)
+
+
+def _bends(a: Option, b: Option, c: Option) -> bool:
+    return (b.seconds - a.seconds) * (a.bytes - c.bytes) >= (c.seconds - a.seconds) * (a.bytes - b.bytes)
+
+
+def _working(joint: JointGraph, of: Evaluate, held: int) -> int:
+    """The most that the backward has alive where nothing is computed again; otherwise it is about the same, later."""
+    graph = joint.backward.get(None)
+    if graph is None:
+        return 0
+    inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name.startswith("primals")]
+    return peak_bytes(graph, of, inputs, lambda n: _unpacked(n, of)) + held
+
+
+def _unpacked(node: fx.Node, of: Evaluate) -> int:
+    """A packed weight is unpacked while it is read: two 16-bit numbers for each byte."""
+    packed = [n for n in node.all_input_nodes if getattr(n.meta.get("val"), "dtype", None) == torch.uint8]
+    return max((4 * value_bytes(n.meta["val"], of) for n in packed), default=0) if node.op == "call_function" else 0
+
+
+def choose_options(blocks: Sequence[BlockCosts], room: int) -> list[Option]:
+    """One option a block: the least time of those that fit into ``room`` bytes, or the fewest bytes if none does."""
+    at = [0] * len(blocks)
+    over = sum(b.options[0].bytes for b in blocks[:-1]) - room
+    steps = [
+        ((after.seconds - before.seconds) / (before.bytes - after.bytes), i, k)
+        for i, block in enumerate(blocks)
+        for k, (before, after) in enumerate(zip(block.options, block.options[1:], strict=False))
+    ]
+    for _, i, k in sorted(steps):
+        if over <= 0:
+            break
+        before, after = blocks[i].options[k : k + 2]
+        at[i] = k + 1
+        over -= before.bytes - after.bytes if i + 1 < len(blocks) else 0
+    return [block.options[k] for block, k in zip(blocks, at, strict=True)]
+
+
+@dataclass
+class BlockMemory:
+    """What one block does: bytes that it keeps on the device and in the host's memory, and seconds that it takes longer."""
+
+    path: str
+    saved_bytes: int
+    host_bytes: int
+    extra_seconds: float
+    choice: str
+
+
+@dataclass
+class MemoryPlan:
+    """The memory of a training step: the limit, what is predicted, and what each block does. Bytes.
+
+    Attributes:
+        limit: None asks for as few as possible.
+        resident: weights, optimizer state, gradients and whatever else is there besides activations.
+        working: the most that one block's backward has alive.
+        measured: the peak of the step before, on a GPU, where it was the highest until then.
+    """
+
+    limit: int | None
+    resident: int
+    working: int
+    blocks: list[BlockMemory] = field(default_factory=list)
+    measured: int | None = None
+    peak_before: int | None = None
+
+    @property
+    def predicted(self) -> int:
+        """The predicted peak."""
+        return self.resident + self.working + sum(b.saved_bytes for b in self.blocks[:-1])
+
+    @property
+    def extra_seconds(self) -> float:
+        """What the plan costs, by the device's measured rates."""
+        return sum(b.extra_seconds for b in self.blocks)
+
+    @property
+    def fits(self) -> bool:
+        """Whether the predicted peak is within the limit."""
+        return self.limit is None or self.predicted <= self.limit
+
+    def to_dict(self) -> dict[str, Any]:
+        """The plan as plain data."""
+        kept = {name: getattr(self, name) for name in ("limit", "resident", "working", "predicted", "measured", "fits")}
+        return kept | {"extra_seconds": self.extra_seconds, "blocks": [asdict(b) for b in self.blocks]}

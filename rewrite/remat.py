@@ -1,0 +1,92 @@
+"""Which values of a forward to save for the backward, and which to compute again: a minimum cut.
+
+For each operation v, x(v) = 1 if the backward computes it again, which takes t(v) seconds. A value u of b(u) bytes must be at
+hand, a(u) = 1, if the backward reads it or an operation that is computed again does; it is then saved unless the operation p(u)
+that makes it is computed again. At a price of λ seconds a byte, the least
+
+    Σ t(v) · x(v)  +  λ · Σ b(u) · [a(u) = 1 and x(p(u)) = 0]
+
+is a minimum cut of a graph with an edge v → sink of capacity t(v), u → p(u) of capacity λ·b(u), and edges that cannot be cut
+for what implies what. As λ grows the saved bytes shrink, from everything that the backward reads to the graph's inputs alone.
+(The selection problem: Balinski 1970, Picard 1976. Recomputation as a cut: Jain et al., Checkmate, arXiv:1910.02653.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import networkx as nx
+
+Value = Any
+INFINITE = float("inf")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """One operation of the forward.
+
+    ``reads`` are the values that computing it needs, inputs of the graph left out: they are at hand. ``seconds`` is infinite
+    for what must not be done twice.
+    """
+
+    seconds: float
+    reads: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """The operations by name; of each value that operation which makes it, and its bytes (infinite: cannot be saved)."""
+
+    operations: dict[str, Operation]
+    producer: dict[Value, str]
+    size: dict[Value, float]
+    needed: tuple[Value, ...]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What is saved, its bytes, and the time to compute the rest again."""
+
+    saved: frozenset[Value]
+    bytes: int
+    seconds: float
+
+
+def choose(problem: Problem, price: float) -> Choice:
+    """The cheapest choice where a byte costs ``price`` seconds, more than none."""
+    graph = nx.DiGraph()
+    graph.add_nodes_from(("source", "sink"))
+    for name, operation in problem.operations.items():
+        _edge(graph, ("op", name), "sink", operation.seconds)
+        for value in operation.reads:
+            _edge(graph, ("op", name), ("value", value), INFINITE)
+    for value, producer in problem.producer.items():
+        _edge(graph, ("value", value), ("op", producer), problem.size[value] * price)
+    for value in problem.needed:
+        _edge(graph, "source", ("value", value), INFINITE)
+    _, (again, _) = nx.minimum_cut(graph, "source", "sink")
+    saved = frozenset(
+        v for v, producer in problem.producer.items() if ("value", v) in again and ("op", producer) not in again
+    )
+    redone = [o.seconds for name, o in problem.operations.items() if ("op", name) in again]
+    return Choice(saved, int(sum(problem.size[v] for v in saved)), sum(redone))
+
+
+def _edge(graph: nx.DiGraph, start: Any, end: Any, capacity: float) -> None:
+    # networkx takes an edge without capacity for one that cannot be cut
+    if capacity == INFINITE:
+        graph.add_edge(start, end)
+    else:
+        graph.add_edge(start, end, capacity=capacity)
+
+
+def frontier(problem: Problem, prices: Iterable[float]) -> list[Choice]:
+    """The different choices at ``prices``, most bytes first; only those that are faster the more they save."""
+    found: list[Choice] = []
+    for price in sorted(prices):
+        choice = choose(problem, price)
+        if not found or choice.bytes < found[-1].bytes:
+            found.append(choice)
+    return found
