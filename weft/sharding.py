@@ -67,9 +67,7 @@ def keep_four_bit(model: nn.Module) -> list[RemovableHandle]:
 
 
 def _check_policy(model: nn.Module, policy: Any) -> None:
-    packed = next(
-        (path for path, m in model.named_modules() if _is_packed(m) and not m.weight.is_floating_point()), None
-    )
+    packed = next((path for path, m in model.named_modules() if _is_packed(m) and _is_whole(m)), None)
     if packed is not None and getattr(policy, "param_dtype", None) is not None and version.parse(CASTS_ALL) > TORCH:
         raise OptionError(
             f"{packed}.weight is packed into whole numbers, which FSDP2 of torch before {CASTS_ALL} casts to "
@@ -79,6 +77,10 @@ def _check_policy(model: nn.Module, policy: Any) -> None:
 
 def _is_packed(module: Any) -> bool:
     return hasattr(module, "quant_state") and hasattr(module, "quant_storage")
+
+
+def _is_whole(module: Any) -> bool:
+    return not module.weight.is_floating_point()
 
 
 def _remember_scales(module: nn.Module, path: str) -> None:
