@@ -13,6 +13,7 @@ from weft.quant.layers import layer_key
 from weft.quant.modules import Replaced, acts_as, give_back, put_stored
 from weft.quant.plan import PrecisionPlan
 from weft.rewrite.errors import PrecisionError
+from weft.wrappers import plan_for
 
 
 def apply_plan(model: nn.Module, plan: PrecisionPlan, stored: Mapping[str, Stored] | None = None) -> list[Replaced]:
@@ -27,6 +28,7 @@ def apply_plan(model: nn.Module, plan: PrecisionPlan, stored: Mapping[str, Store
     """
     if not stored:  # who quantized them has looked
         refuse_unusable(model)
+    plan = plan_for(model, plan)
     names = {name.removesuffix(".weight"): name for name, _ in model.named_parameters()}
     _check_fit(model, plan, names)
     chosen = {names[layer.path]: f for layer, f in zip(plan.layers, plan.formats, strict=True)}

@@ -16,6 +16,7 @@ from weft.checkpoints import lazy_tensors
 from weft.quant.errors import PlanError
 from weft.quant.plan import PrecisionPlan
 from weft.rewrite.errors import CheckpointError, PrecisionError
+from weft.wrappers import plan_for
 
 _PLAIN = {"nf4", "fp4", "int8", "16-bit"}
 INSTEAD = (
@@ -56,6 +57,7 @@ def load_planned(
     tensors = lazy_tensors(folder)
     skeleton = _skeleton(model_class or _class_of(config, folder), config)
     loader: Any = type(skeleton)
+    plan = plan_for(skeleton, plan)
     model, info = loader.from_pretrained(
         None, config=config, state_dict=tensors, dtype=_dtype(plan), device_map={"": str(device)},
         output_loading_info=True, **_quantization(plan, skeleton), **options,

@@ -26,7 +26,7 @@ from weft.rewrite.check import check_model
 from weft.rewrite.errors import CalibrationError, ExampleInputsError, OptionError, PrecisionError, WeftError
 from weft.rewrite.regions import find_blocks
 from weft.rewrite.state import preserved
-from weft.wrappers import innermost
+from weft.wrappers import innermost, plan_for
 
 Batches = Iterable[Mapping[str, Any]]
 
@@ -119,7 +119,7 @@ def store_as_planned(model: nn.Module, plan: PrecisionPlan, calibration: Batches
     if calibration is None:
         return {}
     refuse_unusable(model)
-    root = innermost(model)
+    plan, root = plan_for(model, plan), innermost(model)
     wanted = {p: f for layer, f in zip(plan.layers, plan.formats, strict=True) for p in layer.paths}
     batches = check_batches(root, calibration)
     with _evaluating(model):

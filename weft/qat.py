@@ -16,7 +16,7 @@ from weft.quant.modules import acts_as
 from weft.quant.plan import PrecisionPlan
 from weft.rewrite.errors import PrecisionError
 from weft.rewrite.pipeline import Pass
-from weft.wrappers import innermost
+from weft.wrappers import plan_for
 
 PLAIN = {"nf4-searched": "nf4", "nf4-feedback": "nf4"}
 """Formats whose codes are searched are trained, and stored, with the plain ones: training finds the better weights."""
@@ -60,36 +60,33 @@ def convert(model: nn.Module, plan: PrecisionPlan, **options: Any) -> nn.Module:
 
 def planned_formats(model: nn.Module, plan: PrecisionPlan) -> dict[str, str]:
     """The format of each parameter, by its name in ``model``, which may have adapters that the plan's model had not."""
-    return {name: PLAIN.get(f, f) for name, f in zip(_names(model, plan), plan.formats, strict=True)}
+    plan = _fitting(model, plan)
+    names = {name.removesuffix(".weight"): name for name, _ in model.named_parameters()}
+    pairs = zip(plan.layers, plan.formats, strict=True)
+    return {names[layer.path]: PLAIN.get(f, f) for layer, f in pairs}
 
 
-def _names(model: nn.Module, plan: PrecisionPlan) -> list[str]:
-    """What the plan's layers are called in ``model``, in the plan's order."""
-    root = innermost(model)
-    prefix = next(path for path, m in model.named_modules() if m is root)
-    names = {_without_adapters(n.removeprefix(f"{prefix}.")): n for n, _ in model.named_parameters()}
-    names |= {_without_adapters(n): n for n, _ in model.named_parameters()}
-    missing = next((layer.path for layer in plan.layers if layer.path not in names), None)
+def _fitting(model: nn.Module, plan: PrecisionPlan) -> PrecisionPlan:
+    """``plan`` with the paths that its weights have in ``model``."""
+    plan = plan_for(model, plan)
+    there = {name.removesuffix(".weight") for name, _ in model.named_parameters()}
+    missing = next((layer.path for layer in plan.layers if layer.path not in there), None)
     if missing is not None:
         raise PrecisionError(f"the plan is for another model: it has {missing}, this model does not")
-    return [names[layer.path] for layer in plan.layers]
-
-
-def _without_adapters(name: str) -> str:
-    return name.replace(".base_layer.", ".").removesuffix(".weight")
+    return plan
 
 
 def plain(plan: PrecisionPlan, model: nn.Module) -> PrecisionPlan:
     """``plan`` with plain formats, for the names that parameters have in ``model``."""
-    pairs = zip(plan.layers, _names(model, plan), strict=True)
-    layers = tuple(_plain_layer(layer, name.removesuffix(".weight")) for layer, name in pairs)
+    plan = _fitting(model, plan)
+    layers = tuple(_plain_layer(layer) for layer in plan.layers)
     return replace(plan, layers=layers, formats=tuple(PLAIN.get(f, f) for f in plan.formats), measured=(), kl=None)
 
 
-def _plain_layer(layer: Layer, path: str) -> Layer:
+def _plain_layer(layer: Layer) -> Layer:
     options = {PLAIN.get(o.format, o.format): replace(o, format=PLAIN.get(o.format, o.format)) for o in layer.options}
     own = {o.format: o for o in layer.options}
-    return replace(layer, paths=(path,), options=tuple((options | own)[f] for f in options))
+    return replace(layer, paths=layer.paths[:1], options=tuple((options | own)[f] for f in options))
 
 
 def _lies_by_columns(model: nn.Module, name: str) -> bool:
