@@ -33,10 +33,11 @@ class HostStore:
 
     def offloading(self, activation: Tensor) -> AbstractContextManager[Any]:
         """While entered, ``activation`` is saved for a backward in the host's memory; what else is saved stays."""
+        # what is saved holds on to the hooks, which must not hold on to the activation
+        address, shape = activation.data_ptr(), activation.shape
 
         def pack(saved: Tensor) -> Any:
-            same = saved.data_ptr() == activation.data_ptr() and saved.shape == activation.shape
-            return self._out(saved) if same else saved
+            return self._out(saved) if (saved.data_ptr(), saved.shape) == (address, shape) else saved
 
         return saved_tensors_hooks(pack, lambda kept: kept.back() if isinstance(kept, Offloaded) else kept)
 
