@@ -78,7 +78,8 @@ def _kl(result: Result, record: Result) -> list[str]:
     if kl is None:
         return ["", ""]
     plain = next(r["kl"]["mean"] for r in result["records"] if r["arm"] == "plain NF4")
-    return [f"{number(kl['mean'])} ± {number(kl['half'])}", f"{kl['mean'] / plain:.2f}"]
+    digits = ".5f" if kl["mean"] >= 1e-4 else ".1e"
+    return [f"{kl['mean']:{digits}} ± {kl['half']:{digits}}", f"{kl['mean'] / plain:.2f}"]
 
 
 def _harm(result: Result) -> list[str]:
@@ -102,18 +103,24 @@ KINDS: dict[str, Callable[[Result], list[str]]] = {
 
 
 def filled(text: str, folder: Path) -> str:
-    """The document with every table made anew.
-
-    Raises:
-        FileNotFoundError: a table names a result that is not there.
-    """
+    """The document with every table made anew, and its plots shown; where a result is not there, it says so."""
 
     def replace(match: re.Match[str]) -> str:
-        result = json.loads((folder / f"{match[2]}.json").read_text())
-        lines = [*KINDS[result["kind"]](result), *machine(result)]
+        path = folder / f"{match[2]}.json"
+        if not path.is_file():
+            return f"{match[1]}\nNot measured yet.\n\n{match[3]}"
+        result = json.loads(path.read_text())
+        lines = [*KINDS[result["kind"]](result), *_plots(result, path.stem), *machine(result)]
         return match[1] + "\n".join(["", *lines]) + "\n" + match[3]
 
     return MARKED.sub(replace, text)
+
+
+def _plots(result: Result, name: str) -> list[str]:
+    if not result.get("curve"):
+        return []
+    memory, layers = "bytes and divergence", "what each weight does alone, in the model's order"
+    return [f"![{memory}]({name}-memory.svg)", "", f"![{layers}]({name}-layers.svg)", ""]
 
 
 def main() -> None:
