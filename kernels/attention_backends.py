@@ -21,7 +21,7 @@ from torch.backends.cuda import (
 )
 
 from . import attention_documents as ragged
-from .attention_documents import Documents
+from .attention_documents import Documents, repeated, summed
 
 _MASK_ALIGNMENT = 8
 """The memory-efficient kernel reads rows of a mask that start at multiples of so many elements."""
@@ -72,11 +72,6 @@ def _known(backend: int) -> Route:
     return Route(backend) if backend in (Route.FLASH, Route.EFFICIENT, Route.CUDNN) else Route.PLAIN
 
 
-def repeated(x: Tensor, heads: int) -> Tensor:
-    """k or v with every head repeated for each of the heads of q that reads it."""
-    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
-
-
 def forward(
     route: Route, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None
 ) -> tuple[Tensor, Tensor]:
@@ -118,7 +113,7 @@ def backward(
     if route is Route.CPU:
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # the order in which the forward's kernel writes it
         grads = aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            grad, q, k, v, out, lse, 0.0, is_causal, attn_mask=additive(mask, q), scale=scale
+            grad, q, *ragged.alone(k, v, q), out, lse, 0.0, is_causal, attn_mask=additive(mask, q), scale=scale
         )
     elif route is Route.CUDNN:
         # cuDNN's plans are kept by the memory order of q, k and v alone, and assume that of out and grad to follow
@@ -167,13 +162,6 @@ def _efficient_backward(
     return torch.ops.aten._scaled_dot_product_efficient_attention_backward(
         grad, q, k, v, _aligned(mask, q, k), out, lse, *unused, 0.0, needs, is_causal, scale=scale
     )[:3]
-
-
-def summed(grad: Tensor, heads: int) -> Tensor:
-    """The gradient of a head that several heads of q read, (batch, heads, length, head_dim)."""
-    if grad.shape[1] == heads:
-        return grad
-    return grad.transpose(1, 2).unflatten(2, (heads, -1)).sum(3).transpose(1, 2)
 
 
 def by_token(x: Tensor) -> Tensor:

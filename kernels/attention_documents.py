@@ -126,6 +126,7 @@ def backward(
         )  # fmt: skip
         dq, dk, dv = (_unrowed(g, q.shape[0]) for g in grads)
         return dq, dk, dv
+    heads, (k, v) = k.shape[1], alone(k, v, q)
     dq, dk, dv = (torch.empty_like(_by_token(x)) for x in (q, k, v))
     for row, start, stop in _each(found, q.shape[2]):
         piece = _piece(row, start, stop)
@@ -134,7 +135,25 @@ def backward(
         dq[piece], dk[piece], dv[piece] = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             *(x[piece] for x in (grad, q, k, v, out)), inner, 0.0, bias is None, attn_mask=bias, scale=scale
         )
-    return dq, dk, dv
+    return dq, summed(dk, heads), summed(dv, heads)
+
+
+def repeated(x: Tensor, heads: int) -> Tensor:
+    """k or v with every head repeated for each of the heads of q that reads it."""
+    return x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def alone(k: Tensor, v: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v for a CPU's backward, which in narrow dtypes rounds the sum over a group once for each head of it."""
+    wide = q.dtype in (torch.float32, torch.float64)
+    return (k, v) if wide else (repeated(k, q.shape[1]), repeated(v, q.shape[1]))
+
+
+def summed(grad: Tensor, heads: int) -> Tensor:
+    """The gradient of a head that several heads of q read, (batch, heads, length, head_dim)."""
+    if grad.shape[1] == heads:
+        return grad
+    return grad.transpose(1, 2).unflatten(2, (heads, -1)).sum(3).transpose(1, 2)
 
 
 def _window(found: Documents) -> dict[str, int]:

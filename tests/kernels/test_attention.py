@@ -51,7 +51,7 @@ def library(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
 @st.composite
 def calls(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``attention``."""
-    batch, kv_heads, group = (draw(st.sampled_from(s)) for s in ((1, 2, 3), (1, 2, 3), (1, 1, 2, 4)))
+    batch, kv_heads, group = (draw(st.sampled_from(s)) for s in ((1, 2, 3), (1, 2, 3), (1, 1, 2, 8)))
     length, width = draw(st.sampled_from((0, 1, 3, 17))), draw(st.sampled_from((1, 4, 8, 20)))
     keys = draw(st.sampled_from((length, length, 5)))
     kind = draw(st.sampled_from(MASKS))
@@ -92,8 +92,9 @@ def test_no_bit_differs_from_the_library_on_a_cpu(dtype: torch.dtype, kind: str)
     theirs = F.scaled_dot_product_attention(q, repeated(k, 6), repeated(v, 6), mask, is_causal=kind == "causal")
     grouped = F.scaled_dot_product_attention(q, k, v, mask, is_causal=kind == "causal", enable_gqa=True)
     assert torch.equal(ours, theirs) and torch.equal(ours, grouped)
-    both = (torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, grouped))
-    assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+    if dtype == torch.float32:  # in narrower ones the library rounds the sum over a group once for each head of it
+        both = (torch.autograd.grad(y.square().sum(), (q, k, v)) for y in (ours, grouped))
+        assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
 
 
 @pytest.mark.parametrize("group", [1, 3])
