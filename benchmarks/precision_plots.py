@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -30,17 +31,22 @@ def memory_and_divergence(result: Result, path: Path) -> None:
     """Every arm on held-out data, with its confidence interval, and the curve that the calibration data promise."""
     figure = Figure(figsize=(7.5, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    arms = [r for r in result["records"] if r.get("bytes")]
+    arms = [r for r in result["records"] if r.get("bytes") and not r["arm"].endswith(" only")]
     plain = next(r["bytes"] for r in arms if r["arm"] == "plain NF4")
     noise = next((r["kl"]["mean"] for r in result["records"] if r["arm"].startswith("16 bits, rounded")), None)
     curve = [p for p in result["curve"] if p["kl"] > SMALLEST and p["bytes"] <= 1.6 * plain]
     x, y = [100 * (p["bytes"] / plain - 1) for p in curve], [p["kl"] for p in curve]
     axes.plot(x, y, color="#1e8449", linewidth=1, alpha=0.6, label="expected by the plan, calibration data")
+    by_name: dict[str, list[Any]] = {}
     for record in arms:
-        color, mark = next((style for word, style in MARKS.items() if record["arm"].startswith(word)), ("#000000", "x"))
-        at, kl = 100 * (record["bytes"] / plain - 1), record["kl"]
-        axes.errorbar(at, kl["mean"], yerr=kl["half"], fmt=mark, color=color, markersize=5, capsize=3)
-        axes.annotate(record["arm"].split(",")[0], (at, kl["mean"]), (5, 4), textcoords="offset points", fontsize=7)
+        by_name.setdefault(re.sub(r", \+\d+%", "", record["arm"]), []).append(record)
+    for name, records in by_name.items():
+        color, mark = next((style for word, style in MARKS.items() if name.startswith(word)), ("#000000", "x"))
+        at, kl = [100 * (r["bytes"] / plain - 1) for r in records], [r["kl"]["mean"] for r in records]
+        axes.errorbar(
+            at, kl, yerr=[r["kl"]["half"] for r in records], fmt=mark, color=color, markersize=5, capsize=3, label=name,
+            fillstyle="none" if "curve" in name else "full",
+        )  # fmt: skip
     if noise:
         axes.axhline(noise, color="#888888", linewidth=0.8, linestyle=":", label="16 bits, rounded otherwise")
     axes.set(yscale="log", xlabel="bytes more than plain NF4, %", ylabel="KL from 16 bits, nats a prediction")
