@@ -116,12 +116,12 @@ def _store(candidate: Candidate) -> None:
         if FORMATS[name].kind == "dense" or silent:
             continue
         try:
-            stored = quantize(weight, FORMATS[name], statistics if along_rows else None)
+            stored = quantize(weight, FORMATS[name], candidate.use.calibration if along_rows else None)
         except QuantizationError as error:
             raise QuantizationError(f"{candidate.name}: {error}") from error
         approximation = dequantize(stored, weight.dtype)
         pair = (weight, approximation) if along_rows else (weight.mT, approximation.mT)
-        candidate.errors[name] = output_error(*pair, statistics), weight_error(weight, approximation)
+        candidate.errors[name] = output_error(*pair, candidate.use.calibration), weight_error(weight, approximation)
         candidate.stored[name] = stored.to("cpu")
 
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, fx
+from torch import fx
 
 from ..rewrite.driver import Outcome, Verifier
 from ..rewrite.expr import Expr, View
@@ -24,11 +24,12 @@ class ObserveLinears:
 
     ``note`` is called whenever the graph runs, before the product, with the activation (..., in_features), the whole
     parameter that the matrix is (a part of), and whether that lies by ``"rows"`` (..., out_features, in_features) or by
-    ``"columns"`` (..., in_features, out_features). Weights of other kinds than parameters are noted too: the caller knows
-    which tensors are its parameters.
+    ``"columns"`` (..., in_features, out_features). Where each matrix of a stack takes some rows of the activation, a fourth
+    argument says where those of each end. Weights of other kinds than parameters are noted too: the caller knows which
+    tensors are its parameters.
     """
 
-    note: Callable[[Tensor, Tensor, str], None]
+    note: Callable[..., None]
     name: str = "observe_linears"
 
     def run(self, module: fx.GraphModule, verifier: Verifier | None) -> Outcome:
@@ -39,7 +40,7 @@ class ObserveLinears:
             if found is not None:
                 x, weight, layout = found
                 with module.graph.inserting_before(node):
-                    added = module.graph.call_function(self.note, (x, weight, layout))
+                    added = module.graph.call_function(self.note, (x, weight, layout, *_ends(view, node)))
                 added.meta = {"val": None}
         return Outcome()
 
@@ -57,6 +58,13 @@ def product_of(view: View, node: fx.Node) -> tuple[fx.Node, fx.Node, str] | None
         return None
     layout = PRODUCTS[expr.op]
     return x.node, weight, {"rows": "columns", "columns": "rows"}[layout] if turned else layout
+
+
+def _ends(view: View, node: fx.Node) -> tuple[fx.Node, ...]:
+    """Where the rows of each matrix end, in a product with a stack of them."""
+    expr = view.of(node)
+    ends = expr.args[2] if isinstance(expr, Expr) and expr.op == "grouped_mm" else None
+    return (ends.node,) if isinstance(ends, Expr) and ends.node is not None else ()
 
 
 def _origin(expr: Any) -> tuple[fx.Node | None, bool]:

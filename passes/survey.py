@@ -8,6 +8,7 @@ from typing import cast
 
 from torch import Tensor, nn
 
+from ..quant.formats import Calibration
 from ..quant.statistics import Statistics
 from ..rewrite.install import Installation
 from ..rewrite.whole import capture_model
@@ -18,13 +19,32 @@ from .observe_linears import ObserveLinears
 class Use:
     """One parameter that is (a stack of) matrices in products.
 
-    ``layout``: whether it lies by ``"rows"``, (..., out_features, in_features), or by ``"columns"``.
+    ``layout``: whether it lies by ``"rows"``, (..., out_features, in_features), or by ``"columns"``. ``statistics``: of all
+    that it is multiplied with; ``each``: for a stack, of what each matrix is, where the products tell.
     """
 
     name: str
     parameter: nn.Parameter
     layout: str
     statistics: Statistics = field(repr=False)
+    each: list[Statistics] = field(default_factory=list, repr=False)
+
+    @property
+    def calibration(self) -> Calibration:
+        """Of each matrix, if every row of every input is known to be one's; else of all."""
+        whole = self.each and sum(s.count for s in self.each) == self.statistics.count
+        return self.each if whole else self.statistics
+
+    def update(self, x: Tensor, ends: Tensor | None) -> None:
+        """Take in an input; ``ends``: where the rows of each matrix end."""
+        self.statistics.update(x)
+        if ends is None or x.dim() != 2:
+            return
+        self.each = self.each or [Statistics(self.statistics.in_features) for _ in range(len(ends))]
+        first = 0
+        for statistics, last in zip(self.each, ends.tolist(), strict=True):
+            statistics.update(x[first:last])
+            first = last
 
 
 class Survey:
@@ -60,6 +80,7 @@ class Survey:
         wanted, self._wants_hessians = frozenset(only), hessians
         for name in wanted:
             self.uses[name].statistics = Statistics(self.uses[name].statistics.in_features, hessians)
+            self.uses[name].each = []
         self._wanted = wanted or None
         self._is_on = True
         try:
@@ -67,7 +88,7 @@ class Survey:
         finally:
             self._is_on = False
 
-    def _note(self, x: Tensor, weight: Tensor, layout: str) -> None:
+    def _note(self, x: Tensor, weight: Tensor, layout: str, ends: Tensor | None = None) -> None:
         name = self._names.get(id(weight))
         if not self._is_on or name is None or (self._wanted is not None and name not in self._wanted):
             return
@@ -75,4 +96,4 @@ class Survey:
             size = weight.shape[-1 if layout == "rows" else -2]
             statistics = Statistics(size, self._wants_hessians)
             self.uses[name] = Use(name, cast(nn.Parameter, weight), layout, statistics)
-        self.uses[name].statistics.update(x.detach())
+        self.uses[name].update(x.detach(), ends)

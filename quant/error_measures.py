@@ -7,6 +7,8 @@ output error    ‖x (W − Q)ᵀ‖ / ‖x Wᵀ‖   over the calibration: tr(D
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -27,10 +29,19 @@ def weight_error(weight: Tensor, approximation: Tensor) -> float:
     return relative(error.sum(), whole.sum()).item()
 
 
-def output_error(weight: Tensor, approximation: Tensor, statistics: Statistics) -> float:
-    """Relative error of the product with the calibration's inputs, for a weight (out_features, in_features)."""
-    error, whole = _energies(weight, approximation, second_moment(statistics))
-    return relative(error.sum(), whole.sum()).item()
+def output_error(weight: Tensor, approximation: Tensor, statistics: Statistics | Sequence[Statistics]) -> float:
+    """Relative error of the product with the calibration's inputs, for a weight (out_features, in_features).
+
+    Args:
+        statistics: of the input; for matrices of that shape stacked, of one that all share, or of each one's.
+    """
+    if isinstance(statistics, Statistics):
+        error, whole = _energies(weight, approximation, second_moment(statistics))
+        return relative(error.sum(), whole.sum()).item()
+    triples = [t for t in zip(weight, approximation, statistics, strict=True) if t[2].count]
+    sums = [torch.stack([e.sum() for e in _energies(w, a, second_moment(s))]) * s.count for w, a, s in triples]
+    error, whole = sum(sums, torch.zeros(2, dtype=torch.float64, device=weight.device))
+    return relative(error, whole).item()
 
 
 def output_error_by_channel(weight: Tensor, approximation: Tensor, statistics: Statistics) -> Tensor:
