@@ -64,7 +64,24 @@ class JointGraph:
                 keep = node.name in saved or is_random(node)
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.MUST_RECOMPUTE
                 node.meta["ac_graph_id"] = 0
-        return default_partition(joint, inputs, **options)
+                if not keep and _may_draw(node.target):
+                    node.target = _Undrawn(node.target)
+        parts = default_partition(joint, inputs, **options)
+        for node in (n for part in parts for n in part.graph.nodes if isinstance(n.target, _Undrawn)):
+            node.target = node.target.operator
+        return parts
+
+
+class _Undrawn:
+    """Stands for an operator that could draw, and does not, while a joint graph is cut: done twice as it is, it would have
+    the generator's state saved and set, which no CUDA graph can hold."""
+
+    def __init__(self, operator: Any) -> None:
+        self.operator = operator
+        self.__name__ = str(operator)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.operator(*args, **kwargs)
 
 
 def _analysed(joint: fx.GraphModule) -> fx.Graph:
@@ -102,9 +119,12 @@ def _is_primal(node: fx.Node) -> bool:
 
 def is_random(node: fx.Node) -> bool:
     """Whether a call may return something else the next time."""
-    tags = getattr(node.target, "tags", ())
-    drawn = torch.Tag.nondeterministic_seeded in tags and not _without_dropout(node)
+    drawn = _may_draw(node.target) and not _without_dropout(node)
     return drawn or getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+
+
+def _may_draw(target: Any) -> bool:
+    return torch.Tag.nondeterministic_seeded in getattr(target, "tags", ())
 
 
 def _without_dropout(node: fx.Node) -> bool:
@@ -158,7 +178,7 @@ def _is_part(node: fx.Node) -> bool:
 
 
 def _is_view(node: fx.Node) -> bool:
+    """Whether a result lies in an input of its call; each part of a split does."""
     own = set(storages(node.meta.get("val")))
-    return (
-        not _is_part(node) and bool(own) and any(own & set(storages(n.meta.get("val"))) for n in node.all_input_nodes)
-    )
+    call = node.args[0] if _is_part(node) else node
+    return bool(own) and any(own & set(storages(n.meta.get("val"))) for n in call.all_input_nodes)  # pyright: ignore

@@ -7,6 +7,7 @@ what no gradient needs included. Where a block's memory is planned, the attribut
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -32,11 +33,7 @@ class Obeyed:
             return function(*args, **kwargs)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _itself, (self.original,)  # a saved model loads where weft is not installed
-
-
-def _itself(function: Any) -> Any:
-    return function
+        return copy.copy, (self.original,)  # of the standard library: a saved model loads where weft is not installed
 
 
 def obeying(blocks: Sequence[nn.Module], memory: StepMemory) -> Callable[[], None]:
