@@ -31,8 +31,10 @@ Batches = Sequence[Mapping[str, Any]]
 
 
 def with_formats(plan: PrecisionPlan, choose: Callable[[int, Layer], str]) -> PrecisionPlan:
-    """``plan`` with other formats; layers without a choice stay as they are."""
-    formats = tuple("16-bit" if la.pinned else choose(i, la) for i, la in enumerate(plan.layers))
+    """``plan`` with other formats; layers that have no choice, or not that one, stay as they are."""
+    wanted = [choose(i, la) for i, la in enumerate(plan.layers)]
+    has = [{o.format for o in la.options} for la in plan.layers]
+    formats = tuple(f if f in options else "16-bit" for f, options in zip(wanted, has, strict=True))
     return replace(plan, formats=formats, kl=None, budget=None)
 
 

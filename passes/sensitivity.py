@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -104,8 +105,9 @@ class Sensitivity:
     ) -> dict[str, dict[str, float]]:  # fmt: skip
         """For each layer and stored format, the divergence where that layer alone is stored so, in nats a prediction.
 
-        A model in 16 bits rounds anew after every change, which moves its predictions by itself, as far as NF4 in many a
-        layer does. What a :func:`nudged` weight does is just that, and is taken off: :attr:`noise`.
+        It is infinite where predictions become NaN. A model in 16 bits rounds anew after every change, which moves its
+        predictions by itself, as far as NF4 in many a layer does. What a :func:`nudged` weight does is just that, and is
+        taken off: :attr:`noise`.
 
         Args:
             each: called after every layer of every batch, for progress.
@@ -133,7 +135,7 @@ class Sensitivity:
         noise = {name: found.pop(ROUNDING, 0.0) for name, found in totals.items()}
         self.noise = {name: total / max(1, count) for name, total in noise.items()}
         return {
-            name: {f: max(0.0, total - noise[name]) / max(1, count) for f, total in found.items()}
+            name: {f: _beyond(total, noise[name]) / max(1, count) for f, total in found.items()}
             for name, found in totals.items()
         }
 
@@ -165,7 +167,7 @@ class Sensitivity:
                 mask = mask_of(inputs, before)
                 total += divergence(before, after, mask)
                 count += predictions(before, mask)
-            return total / max(1, count)
+            return _beyond(total, 0.0) / max(1, count)
 
         try:
             yield measure
@@ -178,6 +180,11 @@ class Sensitivity:
         self.forwards += 1
         with torch.no_grad():
             return self.model(**inputs)
+
+
+def _beyond(total: float, noise: float) -> float:
+    """What is left of a divergence without that of rounding; infinity where it is no number: predictions became NaN."""
+    return max(0.0, total - noise) if math.isfinite(total) else math.inf
 
 
 def _changes(layer: Candidate) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -207,13 +208,15 @@ def _plan(
     some, batches = sensitivity.sample(free), sensitivity.batches
     with tqdm(total=len(free) * len(some), desc="measuring", leave=False, disable=None) as bar:
         alone = sensitivity.alone(free, bar.update, some)
+    for candidate in free:  # what makes the model predict NaN is nothing to choose
+        candidate.stored = {f: s for f, s in candidate.stored.items() if math.isfinite(alone[candidate.name][f])}
     layers = tuple(_layer(model, c, alone.get(c.name, {})) for c in found)
     fixed = model_bytes(model) - sum(layer.option("16-bit").bytes for layer in layers)
     by_path = {layer.path: c for layer, c in zip(layers, found, strict=True) if not c.pinned}
     with sensitivity.together(free) as joint:
 
         def measured(choice: Mapping[str, str]) -> float:
-            return max(0.0, joint({c.name: choice[path] for path, c in by_path.items()}))
+            return joint({c.name: choice[path] for path, c in by_path.items()})
 
         plan = make_plan(layers, fixed, options.budget, measured, options.measurements, [note])
     work = f"{len(free)} weights measured alone and {len(plan.measured)} whole choices: {sensitivity.forwards:.0f}"
@@ -234,7 +237,7 @@ def _layer(model: nn.Module, candidate: Candidate, alone: Mapping[str, float]) -
     options = [LayerOption("16-bit", stored_bytes(FORMATS["16-bit"], shape, parameter.dtype), 0.0, 0.0, 0.0)]
     for name, stored in candidate.stored.items():
         output, weight = candidate.errors[name]
-        options.append(LayerOption(name, stored.nbytes, max(0.0, alone[name]), output, weight))
+        options.append(LayerOption(name, stored.nbytes, alone[name], output, weight))
     return Layer(
         tuple(p.removesuffix(".weight") for p in paths), tuple(shape), str(parameter.dtype).removeprefix("torch."),
         tuple(options), len(candidate.use.statistics.outliers()), candidate.pinned,

@@ -123,3 +123,24 @@ def test_rounding_is_no_weights_fault() -> None:
     free = sum(not layer.pinned for layer in rounded.layers)
     assert total(exact) < total(rounded) < 2 * total(exact) < free * noise
     assert not any("rounding anew" in n for n in exact.notes)
+
+
+class Brittle(Model):
+    """Predicts NaN if its second weight is any other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kept = self.down.weight.detach().clone()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.where((self.down.weight == self.kept).all(), super().forward(x), torch.nan)
+
+
+def test_what_makes_predictions_nan_is_never_chosen() -> None:
+    plan = plan_precision(Brittle(), BATCHES, formats=("nf4", "int8", "16-bit"))
+    up, down = plan.layers
+    assert [o.format for o in down.options] == ["16-bit"] and len(up.options) == 3
+    assert plan.choice == {"up": "nf4", "down": "16-bit"} and plan.kl is not None and 0 < plan.kl < 1
+    model = Brittle()
+    with Sensitivity(model, [], BATCHES).together(candidates(model)) as measure:
+        assert measure({"up.weight": "nf4", "down.weight": "nf4"}) == float("inf")
