@@ -96,7 +96,8 @@ def forward(
         k, v = repeated(k, heads), repeated(v, heads)
         bias = _aligned(mask, q, k)
         out, lse, *_ = aten._scaled_dot_product_efficient_attention(q, k, v, bias, True, 0.0, is_causal, scale=scale)
-    return by_token(out), lse.reshape(*q.shape[:2], -1)[..., : q.shape[2]].contiguous()
+    lse = lse.squeeze(-1) if lse.dim() == 4 else lse
+    return by_token(out), lse[..., : q.shape[2]].contiguous()
 
 
 def backward(

@@ -56,7 +56,13 @@ def documents(mask: Tensor | None, q: Tensor, k: Tensor) -> Documents | None:
 def _can_look(mask: Tensor, q: Tensor) -> bool:
     """A mask of one row for each query, alike for all heads; none that may change and not show it, as in a CUDA graph."""
     shape = (1,) * (4 - mask.dim()) + tuple(mask.shape)
-    square = shape[1] == 1 and shape[0] in (1, q.shape[0]) and shape[2] == shape[3] == q.shape[2] > 1
+    square = (
+        mask.numel() > 0
+        and q.numel() > 0
+        and shape[1] == 1
+        and shape[0] in (1, q.shape[0])
+        and shape[2] == shape[3] == q.shape[2] > 1
+    )
     return square and not mask.is_inference() and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
 
 

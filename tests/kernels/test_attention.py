@@ -51,7 +51,7 @@ def library(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
 @st.composite
 def calls(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``attention``."""
-    batch, kv_heads, group = (draw(st.sampled_from(s)) for s in ((1, 2, 3), (1, 2, 3), (1, 1, 2, 8)))
+    batch, kv_heads, group = (draw(st.sampled_from(s)) for s in ((0, 1, 2, 3), (1, 2, 3), (1, 1, 2, 8)))
     length, width = draw(st.sampled_from((0, 1, 3, 17))), draw(st.sampled_from((1, 4, 8, 20)))
     keys = draw(st.sampled_from((length, length, 5)))
     kind = draw(st.sampled_from(MASKS))
