@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from weft.passes import sensitivity
-from weft.passes.sensitivity import Candidate, Sensitivity, nudged
+from weft.passes.sensitivity import ATTENTION, Candidate, Sensitivity, attention_operations, nudged
 from weft.passes.survey import Use
 from weft.precision import plan_precision
 from weft.quant.formats import FORMATS, quantize
@@ -123,6 +124,16 @@ def test_rounding_is_no_weights_fault() -> None:
     free = sum(not layer.pinned for layer in rounded.layers)
     assert total(exact) < total(rounded) < 2 * total(exact) < free * noise
     assert not any("rounding anew" in n for n in exact.notes)
+
+
+def test_operations_of_attention_with_shared_keys() -> None:
+    def attention() -> torch.Tensor:
+        q, k = torch.zeros(2, 8, 5, 16, device="meta"), torch.zeros(2, 2, 7, 16, device="meta")
+        return torch.ops.aten._scaled_dot_product_efficient_attention(q, k, k, None, False)[0]
+
+    with FlopCounterMode(display=False, custom_mapping=dict.fromkeys(ATTENTION, attention_operations)) as counter:
+        attention()
+    assert counter.get_total_flops() == 2 * 2 * 8 * 5 * 7 * (16 + 16)
 
 
 class Brittle(Model):
