@@ -100,3 +100,9 @@ def pack(codes: Tensor) -> Tensor:
     zero = 7
     even = F.pad(codes.view(-1), (0, codes.numel() % 2), value=zero)
     return ((even[::2] << 4) | even[1::2]).unsqueeze(1)
+
+
+def unpack(packed: Tensor, count: int) -> Tensor:
+    """The first ``count`` codes, uint8, flat: inverse of :func:`pack`."""
+    pairs = packed.reshape(-1).view(torch.uint8)
+    return torch.stack((pairs >> 4, pairs & 15), 1).view(-1)[:count]

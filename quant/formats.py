@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from . import four_bit
-from .encode import encode_weight, pack
+from .encode import encode_weight, pack, unpack
 from .errors import QuantizationError
 from .feedback import damping_for, feedback_weight
-from .nf4_search import search_weight
+from .nf4_search import keep_better, search_weight
 from .scales import FreeScales, NestedScales, Scales
 from .statistics import Statistics
 from .stored import BLOCK_SIZES, FORMATS, NESTED_BLOCK_SIZE, Format, Stored, stored_bytes
@@ -120,8 +120,11 @@ def _improved(weight: Tensor, stored: Stored, statistics: Calibration | None) ->
     each = _of_each_matrix(weight, statistics)
     if stored.format.feedback:
         _check_feedback(weight, each, size)
-    keys = search_weight(weight, _importance(each), scales, start, size)
-    codes = encode_weight(weight, scales.of(keys), size)
+    importance = _importance(each)
+    keys = search_weight(weight, importance, scales, start, size)
+    plain = unpack(stored.tensors["packed"], weight.numel()), start
+    found = encode_weight(weight, scales.of(keys), size), keys
+    codes, keys = keep_better(weight, importance, scales, plain, found, size)
     if stored.format.feedback:
         codes, keys = _with_feedback(weight, codes, keys, scales, each, size)
     tensors = stored.tensors | {"packed": pack(codes), "absmax": keys}

@@ -11,6 +11,7 @@ is stored: no block is ever worse than with the scale of the start.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .encode import as_blocks, decode, encode, nearly_nearest
@@ -19,6 +20,9 @@ from .scales import Scales
 FACTORS = (*(k / 100 for k in range(118, 74, -2)), 0.71, 0.66, 0.61, 0.55, 0.49, 0.42, 0.35)
 FEW_FACTORS = (1.08, 1.02, 0.97, 0.92, 0.87, 0.82, 0.76, 0.69, 0.6, 0.48)
 """Of the largest magnitude of a block: the second where the start is good already."""
+
+Encoded = tuple[Tensor, Tensor]
+"""Codes of all values, uint8, flat, and the keys of all blocks' scales."""
 
 _TURNS = 3
 _STEPS = (-2, -1, 1, 2)
@@ -45,6 +49,35 @@ def search_weight(weight: Tensor, importance: Tensor | None, scales: Scales, sta
         h = None if importance is None else _importance(weight, importance, part, size)
         keys[part] = search(blocks, h, scales[part], start[part], weight.dtype)
     return keys
+
+
+@torch.no_grad()
+def keep_better(
+    weight: Tensor, importance: Tensor | None, scales: Scales, old: Encoded, new: Encoded, size: int
+) -> Encoded:
+    """Codes and keys, block by block those of ``new``, unless ``old`` errs less.
+
+    The nearest code under a stored scale need not be the best: what it stands for is rounded to the weight's dtype.
+    """
+    flat, codes, keys = weight.reshape(-1), new[0].clone(), new[1].clone()
+    count = max(1, _AT_ONCE_ELSEWHERE // size)
+    for first in range(0, len(keys), count):
+        part, values = slice(first, first + count), slice(first * size, (first + count) * size)
+        blocks = as_blocks(flat[values], size)
+        h = None if importance is None else _importance(weight, importance, slice(first, first + len(blocks)), size)
+        before, after = (
+            _error_of(blocks, h, _whole(c[values], size), scales[part].of(k[part]), weight.dtype) for c, k in (old, new)
+        )
+        worse = after > before
+        keys[part] = torch.where(worse, old[1][part], keys[part])
+        of_values = worse.repeat_interleave(size)[: codes[values].numel()]
+        codes[values] = torch.where(of_values, old[0][values], codes[values])
+    return codes, keys
+
+
+def _whole(codes: Tensor, size: int) -> Tensor:
+    """Codes by blocks, the last one filled up with zero's."""
+    return F.pad(codes.int(), (0, -codes.numel() % size), value=7).view(-1, size)
 
 
 def _importance(weight: Tensor, importance: Tensor, part: slice, size: int) -> Tensor:
@@ -116,6 +149,10 @@ def _least_squares(blocks: Tensor, h: Tensor | None, scales: Tensor) -> Tensor:
 
 
 def _exact_error(blocks: Tensor, h: Tensor | None, scales: Tensor, dtype: torch.dtype) -> Tensor:
-    stored = decode(encode(blocks, scales), scales, dtype)
+    return _error_of(blocks, h, encode(blocks, scales), scales, dtype)
+
+
+def _error_of(blocks: Tensor, h: Tensor | None, codes: Tensor, scales: Tensor, dtype: torch.dtype) -> Tensor:
+    stored = decode(codes, scales, dtype)
     squares = (blocks.double() - stored.double()).square_()
     return squares.sum(1) if h is None else _weighted(squares, h.double())
