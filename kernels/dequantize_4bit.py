@@ -23,6 +23,7 @@ from torch import Tensor
 from ..quant import four_bit
 from ..quant.layout import Layout
 from .dispatch import use_triton
+from .operator import operator
 from .rows import rounded
 from .toolchain import tl, triton
 
@@ -168,7 +169,7 @@ def dequantized(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Ten
     return four_bit.dequantize(weight, layout, dtype)
 
 
-@torch.library.custom_op("weft::dequantize_4bit", mutates_args=())
+@operator("weft::dequantize_4bit")
 def _dequantize_4bit(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Tensor:
     return dequantized(weight, Layout.decode(layout), dtype)
 

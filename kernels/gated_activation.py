@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import activations as A
 from .dispatch import use_triton
+from .operator import operator
 from .toolchain import tl, triton
 
 TILE = 2048
@@ -158,7 +159,7 @@ def _plain_backward(
     return none if up is None else A.CHAIN[activation](grad * up, gate), dup
 
 
-@torch.library.custom_op("weft::gated_activation", mutates_args=())
+@operator("weft::gated_activation")
 def _gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     if not _on_triton(gate, up):
         return _plain_forward(gate, up, activation)
@@ -173,7 +174,7 @@ def _gated_activation_fake(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     return gate.new_empty(gate.shape, dtype=torch.promote_types(gate.dtype, up.dtype))
 
 
-@torch.library.custom_op("weft::gated_activation_backward", mutates_args=())
+@operator("weft::gated_activation_backward")
 def _gated_activation_backward(
     grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, needs_up: bool, up_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -215,7 +216,7 @@ def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, No
 _gated_activation.register_autograd(_gradients, setup_context=_setup_context)
 
 
-@torch.library.custom_op("weft::gated_activation_packed", mutates_args=())
+@operator("weft::gated_activation_packed")
 def _packed(gate_up: Tensor, activation: str, gate_first: bool, interleaved: bool) -> Tensor:
     gate, up = _halves(gate_up, gate_first, interleaved)
     if not _on_triton(gate_up):
@@ -239,7 +240,7 @@ def _order(packed: Tensor, gate: Tensor, up: Tensor, gate_first: bool, interleav
     return "gate_up" if gate_first else "up_gate", [packed, packed]
 
 
-@torch.library.custom_op("weft::gated_activation_packed_backward", mutates_args=())
+@operator("weft::gated_activation_packed_backward")
 def _packed_backward(grad: Tensor, gate_up: Tensor, activation: str, gate_first: bool, interleaved: bool) -> Tensor:
     result = _packed_backward_fake(grad, gate_up, activation, gate_first, interleaved)
     gate, up = _halves(gate_up, gate_first, interleaved)

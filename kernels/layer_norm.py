@@ -19,6 +19,7 @@ from torch import Tensor
 
 from . import rows as R
 from .dispatch import compute_dtype, owned
+from .operator import operator
 from .toolchain import tl, triton
 
 PER_THREAD = 32
@@ -234,7 +235,7 @@ def empty(x: Tensor, dtype: torch.dtype, device: str | None = None) -> tuple[Ten
     return y, mu, r
 
 
-@torch.library.custom_op("weft::layer_norm", mutates_args=())
+@operator("weft::layer_norm")
 def _layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -243,7 +244,7 @@ def _layer_norm(
     return (_launch_forward if R.kernel_runs(x) else _plain_forward)(x, weight, bias, eps, offset, dtype)
 
 
-@torch.library.custom_op("weft::layer_norm_backward", mutates_args=())
+@operator("weft::layer_norm_backward")
 def _layer_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float,
     bias_dtype: torch.dtype | None, needs_x: bool, needs_weight: bool, needs_bias: bool,

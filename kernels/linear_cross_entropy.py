@@ -30,6 +30,7 @@ from torch import Tensor
 
 from .cross_entropy_rows import RowLoss, check_labels, rows_torch, rows_triton
 from .dispatch import compute_dtype, use_triton
+from .operator import operator
 from .toolchain import tl, triton
 
 Reduction = Literal["mean", "sum", "none"]
@@ -167,7 +168,7 @@ def _units(denominator: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return headroom / mantissa, unit / headroom
 
 
-@torch.library.custom_op("weft::linear_cross_entropy", mutates_args=())
+@operator("weft::linear_cross_entropy")
 def _op(
     x: Tensor,
     weight: Tensor,
@@ -212,7 +213,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, denominato
     )
 
 
-@torch.library.custom_op("weft::linear_cross_entropy_backward", mutates_args=())
+@operator("weft::linear_cross_entropy_backward")
 def _backward_op(
     grad: Tensor,
     x: Tensor,
@@ -245,7 +246,7 @@ def _(grad: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, target: Tens
     )
 
 
-@torch.library.custom_op("weft::linear_cross_entropy_scale", mutates_args=())
+@operator("weft::linear_cross_entropy_scale")
 def _scale_op(values: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """``values · factor`` in ``dtype``, rounded once; torch would first round ``factor`` to the dtype of ``values``."""
     if not use_triton(values) or values.dtype == torch.float64:

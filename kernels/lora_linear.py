@@ -24,6 +24,7 @@ from torch import Tensor
 from ..quant import four_bit
 from ..quant.layout import Layout
 from .linears import Linear, backward, forward, gradient_sizes
+from .operator import operator
 from .quant_linear import autocast_dtype, cast_dense, dense, no_autocast
 
 
@@ -49,7 +50,7 @@ def reference(
     return (y + F.linear(F.linear(z, a.to(dtype)), b.to(dtype)) * scale).to(x.dtype)
 
 
-@torch.library.custom_op("weft::lora_linear", mutates_args=())
+@operator("weft::lora_linear")
 def _lora_linear(
     x: Tensor,
     weight: list[Tensor],
@@ -85,7 +86,7 @@ def _(
     return y, x.new_empty((*x.shape[:-1], a.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("weft::lora_linear_backward", mutates_args=())
+@operator("weft::lora_linear_backward")
 def _lora_linear_backward(
     dy: Tensor,
     x: Tensor | None,

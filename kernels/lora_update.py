@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .dispatch import shaped
 from .linears import add_product, matrix, scaled_product
+from .operator import operator
 from .quant_linear import autocast_dtype, no_autocast
 
 
@@ -28,7 +29,7 @@ def reference(
     return (y + F.linear(F.linear(x.to(dtype), a.to(dtype)), b.to(dtype)) * scale).to(y.dtype)
 
 
-@torch.library.custom_op("weft::lora_update", mutates_args=())
+@operator("weft::lora_update")
 def _lora_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The result, and t for the backward."""
     with no_autocast(x):
@@ -43,7 +44,7 @@ def _(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dty
     return y.new_empty(y.shape), x.new_empty((*x.shape[:-1], a.shape[0]), dtype=dtype)
 
 
-@torch.library.custom_op("weft::lora_update_backward", mutates_args=())
+@operator("weft::lora_update_backward")
 def _lora_update_backward(
     dout: Tensor,
     x: Tensor | None,

@@ -24,6 +24,7 @@ from torch import Tensor
 from ..quant.layout import Layout
 from . import lora_linear
 from .linears import Linear, backward, forward, gradient_sizes
+from .operator import operator
 from .quant_linear import autocast_dtype, cast_dense, no_autocast
 
 
@@ -97,7 +98,7 @@ def linears(plan: str, tensors: list[Tensor], scales: list[float]) -> list[Linea
     return [Linear(weight, slot.layout, scale, slot.own, *rest) for (slot, weight, *rest), scale in parts]
 
 
-@torch.library.custom_op("weft::parallel_linears", mutates_args=())
+@operator("weft::parallel_linears")
 def _parallel_linears(
     x: Tensor, tensors: list[Tensor], plan: str, scales: list[float], dtype: torch.dtype
 ) -> list[Tensor]:
@@ -116,7 +117,7 @@ def _(x: Tensor, tensors: list[Tensor], plan: str, scales: list[float], dtype: t
     return ys
 
 
-@torch.library.custom_op("weft::parallel_linears_backward", mutates_args=())
+@operator("weft::parallel_linears_backward")
 def _parallel_linears_backward(
     dys: list[Tensor],
     x: Tensor | None,

@@ -22,6 +22,7 @@ from ..quant import four_bit
 from ..quant.layout import Layout
 from .dequantize_4bit import dequantized
 from .dispatch import shaped, use_triton
+from .operator import operator
 from .quant_matvec import matvec, serves
 
 
@@ -67,7 +68,7 @@ def product(x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None
     return F.linear(x, dense(weight, layout, x.dtype), bias)
 
 
-@torch.library.custom_op("weft::quant_linear", mutates_args=())
+@operator("weft::quant_linear")
 def _quant_linear(x: Tensor, weight: list[Tensor], layout: str, bias: Tensor | None) -> Tensor:
     with no_autocast(x):
         y = product(x.reshape(-1, x.shape[-1]), weight, Layout.decode(layout), bias)
@@ -79,7 +80,7 @@ def _(x: Tensor, weight: list[Tensor], layout: str, bias: Tensor | None) -> Tens
     return x.new_empty((*x.shape[:-1], Layout.decode(layout).out_features))
 
 
-@torch.library.custom_op("weft::quant_linear_backward", mutates_args=())
+@operator("weft::quant_linear_backward")
 def _quant_linear_backward(dy: Tensor, weight: list[Tensor], layout: str, needs: list[bool]) -> list[Tensor]:
     """The gradients of x and bias, those that ``needs`` names."""
     shape, rows, grads = Layout.decode(layout), dy.reshape(-1, dy.shape[-1]), []

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from . import rms_norm as norm
 from . import rows as R
+from .operator import operator
 from .toolchain import tl, triton
 
 
@@ -83,7 +84,7 @@ def _empty(x: Tensor, residual: Tensor, dtype: torch.dtype) -> tuple[Tensor, Ten
     return y, h, r
 
 
-@torch.library.custom_op("weft::residual_rms_norm", mutates_args=())
+@operator("weft::residual_rms_norm")
 def _residual_rms_norm(
     x: Tensor, residual: Tensor, weight: Tensor | None, eps: float, offset: float, eps_mode: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,8 +116,9 @@ def _differentiate(ctx: Any, dy: Tensor | None, dh: Tensor | None, _: None) -> t
     needs_x, needs_residual, needs_weight = ctx.needs_input_grad[:3]
     total, dweight = dh, None
     if dy is not None:
-        needs_h = needs_x or needs_residual
-        total, dweight = norm.backward(dy, h, weight, r, dh if needs_h else None, *ctx.arguments, needs_h, needs_weight)
+        needs_h, (eps, offset, mode) = needs_x or needs_residual, ctx.arguments
+        extra = dh if needs_h else None
+        total, dweight = norm.backward(dy, h, weight, r, extra, eps, offset, mode, needs_h, needs_weight)
     # One tensor may be the gradient of both: autograd never adds into a gradient that somebody else holds.
     dx, dresidual = (None if total is None else total.to(dtype) for dtype in ctx.dtypes)
     grads = (dx if needs_x else None, dresidual if needs_residual else None, dweight if needs_weight else None)

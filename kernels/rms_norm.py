@@ -21,6 +21,7 @@ from torch import Tensor
 
 from . import rows as R
 from .dispatch import compute_dtype
+from .operator import operator
 from .toolchain import tl, triton
 
 EpsMode = Literal["inside", "outside", "clamp"]
@@ -234,7 +235,7 @@ def empty(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.empty_like(x, dtype=dtype), torch.empty_like(x[..., :1], dtype=compute_dtype(x))
 
 
-@torch.library.custom_op("weft::rms_norm", mutates_args=())
+@operator("weft::rms_norm")
 def _rms_norm(
     x: Tensor, weight: Tensor | None, eps: float, offset: float, eps_mode: str, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
@@ -249,7 +250,7 @@ def forward(x: Tensor, weight: Tensor | None, y: Tensor, r: Tensor, eps: float, 
         (_launch_forward if R.kernel_runs(x) else _plain_forward)(x, weight, y, r, eps, offset, mode)
 
 
-@torch.library.custom_op("weft::rms_norm_backward", mutates_args=())
+@operator("weft::rms_norm_backward")
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, r: Tensor, extra: Tensor | None, eps: float, offset: float,
     eps_mode: str, needs_x: bool, needs_weight: bool,
@@ -287,8 +288,8 @@ def _differentiate(ctx: Any, grad: Tensor | None, _: None) -> tuple[Tensor | Non
     if grad is None:
         return (None,) * 6
     x, weight, r = ctx.saved_tensors
-    needs_x, needs_weight = ctx.needs_input_grad[:2]
-    dx, dweight = backward(grad, x, weight, r, None, *ctx.arguments, needs_x, needs_weight)
+    (eps, offset, mode), (needs_x, needs_weight) = ctx.arguments, ctx.needs_input_grad[:2]
+    dx, dweight = backward(grad, x, weight, r, None, eps, offset, mode, needs_x, needs_weight)
     return dx if needs_x else None, dweight if needs_weight else None, None, None, None, None
 
 

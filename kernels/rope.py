@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import compute_dtype, use_triton
+from .operator import operator
 from .toolchain import tl, triton
 
 TILE = 2048
@@ -249,7 +250,7 @@ def _turn_plain(
             out.copy_(y)
 
 
-@torch.library.custom_op("weft::rope", mutates_args=())
+@operator("weft::rope")
 def _rope(
     xs: list[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, dtype: torch.dtype
 ) -> list[Tensor]:
@@ -265,7 +266,7 @@ def _rope_fake(
     return [torch.empty_like(x, dtype=dtype) for x in xs]
 
 
-@torch.library.custom_op("weft::rope_backward", mutates_args=())
+@operator("weft::rope_backward")
 def _rope_backward(
     grads: list[Tensor], cos: Tensor, sin: Tensor, rotary_dim: int, interleaved: bool, dtype: torch.dtype,
     strides: list[int],

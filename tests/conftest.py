@@ -16,6 +16,13 @@ torch.set_num_threads(1)
 logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # else pytest keeps a record per symbol and line of source
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_output_aliases_an_input() -> None:
+    from weft.kernels import operator
+
+    operator.CHECKED = True
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests marked ``gpu`` are deselected, and counted as such, where there is no GPU."""
     if torch.cuda.is_available():

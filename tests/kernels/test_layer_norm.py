@@ -101,7 +101,7 @@ def test_registration_and_memory_order(name: Backend, layout: str) -> None:
     weight, bias = normal(1, (9,), torch.float32).requires_grad_(), normal(2, (9,), torch.bfloat16).requires_grad_()
     with backend(name):
         for dtype in (torch.bfloat16, torch.float32):
-            torch.library.opcheck(module._layer_norm, (x, weight, bias, 1e-6, 1.0, dtype))
+            torch.library.opcheck(module._layer_norm.overload, (x, weight, bias, 1e-6, 1.0, dtype))
             y = layer_norm(x, weight, None, 1e-6, dtype=dtype)
             assert y.stride() == torch.empty_like(x).stride() and y.dtype == dtype
             dx = torch.autograd.grad(y, x, torch.ones_like(y))[0]
@@ -109,7 +109,7 @@ def test_registration_and_memory_order(name: Backend, layout: str) -> None:
         y, mu, r = (t.detach() for t in module._layer_norm(x, weight, bias, 1e-6, 1.0, torch.bfloat16))
         for needs in ((True, True, True), (True, False, False), (False, False, True)):
             torch.library.opcheck(
-                module._layer_norm_backward, (y, x.detach(), weight.detach(), mu, r, 1.0, None, *needs)
+                module._layer_norm_backward.overload, (y, x.detach(), weight.detach(), mu, r, 1.0, None, *needs)
             )
 
 

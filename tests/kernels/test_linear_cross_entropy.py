@@ -406,7 +406,7 @@ def test_backward_repeats_and_double_backward_raises(implementation: Backend, re
         first, second = grads(loss, inputs, retain_graph=True), grads(loss, inputs, retain_graph=True)
         assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
         (dx,) = torch.autograd.grad(loss, inputs["x"], create_graph=True)
-        with pytest.raises(RuntimeError, match="no autograd formula was registered"):
+        with pytest.raises(RuntimeError, match="has no gradient"):
             torch.autograd.grad(dx.sum(), inputs["x"])
 
 

@@ -117,7 +117,9 @@ def test_registration_and_memory_order(name: Backend, layout: str) -> None:
     residual, weight = normal(1, (2, 3, 4, 9), torch.float32), normal(1, (9,), torch.float32).requires_grad_()
     with backend(name):
         for other in (residual, residual.bfloat16().requires_grad_()):
-            torch.library.opcheck(module._residual_rms_norm, (x, other, weight, 1e-6, 1.0, "inside", torch.bfloat16))
+            torch.library.opcheck(
+                module._residual_rms_norm.overload, (x, other, weight, 1e-6, 1.0, "inside", torch.bfloat16)
+            )
             y, h = residual_rms_norm(x, other, weight, 1e-6)
             assert y.stride() == h.stride() == torch.empty_like(x).stride()
             assert y.dtype == h.dtype == other.dtype

@@ -98,10 +98,10 @@ def test_registration(name: Backend, layout: str) -> None:
     with backend(name):
         for needs_x, needs_weight in ((True, True), (True, False), (False, True)):
             arguments = (x.detach().requires_grad_(needs_x), weight.clone().requires_grad_(needs_weight))
-            torch.library.opcheck(module._rms_norm, (*arguments, 1e-6, 1.0, "inside", torch.bfloat16))
+            torch.library.opcheck(module._rms_norm.overload, (*arguments, 1e-6, 1.0, "inside", torch.bfloat16))
             y, r = module.empty(x, torch.bfloat16)
             grads = (y.normal_(), x, weight, r.fill_(0.5), None, 1e-6, 1.0, "outside", needs_x, needs_weight)
-            torch.library.opcheck(module.backward, grads)
+            torch.library.opcheck(module.backward.overload, grads)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
