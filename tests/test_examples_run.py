@@ -85,3 +85,13 @@ def test_a_plan_does_less_harm_in_the_same_bytes(tmp_path: Path) -> None:
     assert float(same) <= float(plain) and float(less) < 0.8 * float(harm)
     assert float(more) <= 1.101 * float(plain) and float(least) < 0.8 * float(harm)
     assert "lm_head" in printed and "KL alone" in printed
+
+
+def test_packed_documents_have_the_loss_of_padded_ones(tmp_path: Path) -> None:
+    """Fewer places, the same loss, and a refusal that names the operator and the module."""
+    printed = run(tmp_path, "pack_documents.py", "--documents", "8", "--layers", "1")
+    places, losses = (
+        [number(rf"{n}: .*{what}", printed) for n in ("padded", "packed")] for what in (r" (\d+) places", r"loss (\S+)")
+    )
+    assert places[1] < places[0] and losses[1] == pytest.approx(losses[0], abs=CLOSE)
+    assert re.search(r"^refused: .*layers\.0\.conv: conv1d of kernel", printed, re.MULTILINE), printed

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from weft.packing_check import accepts, check_packing, one_row_only
 from weft.rewrite.errors import PackingError
 
-__all__ = ["PackedCollator", "check_packing", "collator", "pack"]
+__all__ = ["PackedCollator", "PackingError", "check_packing", "collator", "pack"]
 
 Document = tuple[list[int], list[int]]
 """Token ids and labels."""
