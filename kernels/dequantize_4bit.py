@@ -135,7 +135,8 @@ def _launch(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
         words = 32 * WARPS
         grid = (triton.cdiv(out.numel(), 8 * words * UNROLL),)
         options = {"WORDS": words, "UNROLL": UNROLL, "num_warps": WARPS, "enable_fp_fusion": False}
-        kernel[grid](*tensors, out, out.numel(), **sizes, **options)
+        with torch.cuda.device_of(out):
+            kernel[grid](*tensors, out, out.numel(), **sizes, **options)
     return out
 
 

@@ -13,6 +13,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.utils._triton import has_triton
 
 Backend = Literal["triton", "reference"]
 
@@ -39,20 +40,14 @@ def use_triton(x: Tensor) -> bool:
     """Whether the operator whose first tensor is ``x`` should launch its Triton kernel."""
     if _forced:
         return _forced[-1] == "triton"
-    return x.is_cuda and _has_triton()
+    return x.is_cuda and has_triton()
 
 
 def why_reference(device: torch.device) -> str:
     """Why operators on a GPU compute in plain torch, if they do; else nothing."""
-    if device.type != "cuda" or _has_triton():
+    if device.type != "cuda" or has_triton():
         return ""
     return f"Triton is not installed, or does not support {device}: operators compute in plain torch there"
-
-
-def _has_triton() -> bool:
-    from torch.utils._triton import has_triton
-
-    return has_triton()
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:

@@ -65,7 +65,8 @@ class Slot:
         return f"{self.layout.encode()}/{self.tensors}/{self.bias:d}{self.adapter:d}{self.own:d}{self.z:d}"
 
 
-def encode(slots: Sequence[Slot]) -> str:
+@lru_cache(maxsize=4096)
+def encode(slots: tuple[Slot, ...]) -> str:
     """The plan of an operator, from one slot a linear."""
     return ",".join(slot.encode() for slot in slots)
 
@@ -162,7 +163,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
         save_z = slot.own and needs[2]
         kept += [*weight, *((a, b) if slot.adapter else ()), *((z,) if save_z else ())]
         slots.append(Slot(slot.layout, slot.tensors, False, slot.adapter, slot.own, save_z))
-    ctx.saved_plan = encode(slots)
+    ctx.saved_plan = encode(tuple(slots))
     ctx.save_for_backward(x if save_x else None, output[-1] if save_t else None, *kept)
     ctx.mark_non_differentiable(*fixed, *output[len(slots) :])
     ctx.set_materialize_grads(False)
@@ -230,5 +231,5 @@ def parallel_linears(
         slots.append(Slot(Layout.decode(layout), len(weight), present[0], present[1], present[3], present[3]))
         tensors += [*weight, *(v for v in optional if v is not None)]
     factors = [1.0] * len(weights) if scales is None else list(scales)
-    outputs = _parallel_linears(x, tensors, encode(slots), factors, adapter_dtype or x.dtype)
+    outputs = _parallel_linears(x, tensors, encode(tuple(slots)), factors, adapter_dtype or x.dtype)
     return tuple(outputs[: len(weights)])

@@ -8,6 +8,7 @@ an integer division a row. Three leading dimensions are the most a kernel takes;
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any
 
 import torch
@@ -105,8 +106,12 @@ def spread(x: Tensor, count: int, options: dict[str, Any], sums: bool, read: tup
     block = options["ROWS"] * options["COLS"] * sum(t.element_size() for t in read if t is not None)
     if options["WHOLE"] and block * (STAGES - 1) <= SHARED_BYTES:
         options["STAGES"] = STAGES
-    units = torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 1
-    return min(count, units * max(RESIDENT_WARPS // options["num_warps"], 1))
+    return min(count, _units(x.device) * max(RESIDENT_WARPS // options["num_warps"], 1))
+
+
+@cache
+def _units(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def launch(

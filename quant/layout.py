@@ -18,6 +18,7 @@ shifted by ``nested_offset`` (float32 scalar).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 Kind = Literal["rows", "columns", "nf4", "fp4"]
@@ -44,6 +45,7 @@ class Layout:
         return ":".join((self.kind, *map(str, sizes)))
 
     @staticmethod
+    @lru_cache(maxsize=4096)
     def decode(text: str) -> Layout:
         """Inverse of :meth:`encode`.
 

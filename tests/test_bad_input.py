@@ -361,8 +361,8 @@ def test_without_triton() -> None:
 
 def test_a_gpu_without_triton_is_noted(monkeypatch: pytest.MonkeyPatch) -> None:
     device = torch.device("cuda:0")
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: False)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: False)
     assert "Triton is not installed, or does not support cuda:0" in dispatch.why_reference(device)
     assert not dispatch.why_reference(torch.device("cpu"))
-    monkeypatch.setattr(dispatch, "_has_triton", lambda: True)
+    monkeypatch.setattr(dispatch, "has_triton", lambda: True)
     assert not dispatch.why_reference(device)
