@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.autograd import Variable
 from transformers import TrainerCallback
 
-from weft.rewrite.errors import WeftError
+from weft.errors import WeftError
 
 
 class NonFiniteError(WeftError, FloatingPointError):

@@ -34,7 +34,7 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         for rank, out in enumerate(outs)
     ]  # fmt: skip
     try:
-        printed = [process.communicate(timeout=500)[0] for process in started]
+        printed = [process.communicate(timeout=900)[0] for process in started]
     finally:
         for process in started:
             process.kill()
@@ -69,9 +69,9 @@ def assert_like_one_process(found: list[dict[str, Any]], kind: str, close: float
             assert off < 10 * close, f"{name}: off by {off}"
 
 
-@pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.optimize == "before" and not case.mixed])
+@pytest.mark.parametrize("name", [name for name, case in CASES.items() if not case.mixed])
 def test_like_one_process(name: str, together: list[dict[str, Any]]) -> None:
-    """Optimized before it is wrapped: nothing falls back, and one graph serves all blocks before and after wrapping."""
+    """Optimized before it is wrapped, or after: nothing falls back, and one graph serves all blocks."""
     case, found = CASES[name], seen(together, name)
     assert_like_one_process(found, case.kind)
     for each in found:
@@ -80,15 +80,6 @@ def test_like_one_process(name: str, together: list[dict[str, Any]]) -> None:
         assert not each["untouched"] and not each["notes"], each["report"]
         assert each["graphs"] <= 8, each["report"]
     assert found[0]["rules"] == found[1]["rules"]
-
-
-@pytest.mark.parametrize("engine", ["ddp", "fsdp2"])
-def test_optimized_after_wrapping(engine: str, together: list[dict[str, Any]]) -> None:
-    """The same numbers; what runs as it was written, if anything does, is in the report."""
-    found = seen(together, f"{engine}, optimized after")
-    assert_like_one_process(found, "lora")
-    for each in found:
-        assert set(each["rules"]) >= LORA or each["untouched"], each["report"]
 
 
 def test_sharded_in_bfloat16(together: list[dict[str, Any]]) -> None:

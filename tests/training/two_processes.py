@@ -43,7 +43,6 @@ CASES = {
     "ddp, nf4, checkpointed": Case("ddp", "nf4", checkpointing=True),
     "ddp, full": Case("ddp", "full"),
     "fsdp2": Case("fsdp2"),
-    "fsdp2, checkpointed": Case("fsdp2", checkpointing=True),
     "fsdp2, nf4": Case("fsdp2", "nf4"),
     "fsdp2, nf4, checkpointed": Case("fsdp2", "nf4", checkpointing=True),
     "fsdp2, nf4 stored as bfloat16": Case("fsdp2", "nf4-bfloat16"),
