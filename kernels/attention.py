@@ -120,6 +120,9 @@ def attention(
         ValueError: shapes or dtypes do not fit.
     """
     _check(q, k, v, mask, is_causal)
+    if mask is not None and _tracked(mask) and not _tracked(q, k, v):
+        # the library keeps what a backward needs only if q, k or v asks for one: its fused kernels then fail in it
+        return reference(q, k, v, mask, scale=scale)
     route, repeat = backends.choose(q, k, v, mask, is_causal, scale)
     if route is Route.PLAIN or (q.shape[2] == 1 and not _tracked(q, k, v)):
         heads = q.shape[1]
@@ -130,7 +133,7 @@ def attention(
 
 
 def _tracked(*tensors: Tensor) -> bool:
-    """Whether anything is saved for a backward; if not, a single query gains nothing from an operator of its own."""
+    """Whether one of ``tensors`` needs a gradient. A single query that needs none gains nothing from an operator of its own."""
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 

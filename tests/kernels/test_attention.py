@@ -126,11 +126,17 @@ def test_saves_no_repeated_keys() -> None:
     assert [t.data_ptr() for t in saved[:4]] == [t.data_ptr() for t in (q, k, v, y)]
 
 
-def test_a_mask_that_learns_gets_its_gradient() -> None:
-    q, k, v = (laid(i, (2, h, 5, 8), torch.float32, "by token") for i, h in enumerate((4, 2, 2)))
-    bias = normal(3, (1, 4, 5, 5), torch.float32).requires_grad_()
-    got, wanted = (torch.autograd.grad(f(q, k, v, bias).square().sum(), bias)[0] for f in (attention, reference))
-    torch.testing.assert_close(got, wanted)
+@pytest.mark.parametrize("tracked", [(), (0,), (1, 2), (0, 1, 2)], ids=str)
+@pytest.mark.parametrize("length", [1, 5, 8, 33])
+def test_a_mask_that_learns_gets_its_gradient(length: int, tracked: tuple[int, ...]) -> None:
+    """Alone too, and for lengths that no kernel's blocks divide."""
+    shapes = [(2, h, length, 8) for h in (4, 2, 2)]
+    q, k, v = (laid(i, s, torch.float32, "by token").requires_grad_(i in tracked) for i, s in enumerate(shapes))
+    mask = normal(3, (1, 4, length, length), torch.float32).requires_grad_()
+    leaves = [t for t in (q, k, v, mask) if t.requires_grad]
+    both = (torch.autograd.grad(f(q, k, v, mask).square().sum(), leaves) for f in (attention, reference))
+    for got, wanted in zip(*both, strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
