@@ -24,6 +24,7 @@ from torch import Tensor
 from . import attention_backends as backends
 from .attention_backends import Route
 from .dispatch import compute_dtype, owned
+from .operator import operator
 
 
 def reference(
@@ -41,7 +42,7 @@ def reference(
     return (scores.masked_fill(blind, 0).softmax(-1).masked_fill(blind, 0) @ v).to(q.dtype)
 
 
-@torch.library.custom_op("weft::attention", mutates_args=())
+@operator("weft::attention")
 def _attention(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None, route: int
 ) -> tuple[Tensor, Tensor]:
@@ -64,7 +65,7 @@ def _by_token(x: Tensor, shape: tuple[Any, ...]) -> Tensor:
     return x.new_empty((batch, length, heads, width)).transpose(1, 2)
 
 
-@torch.library.custom_op("weft::attention_backward", mutates_args=())
+@operator("weft::attention_backward")
 def _attention_backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, out: Tensor, lse: Tensor,
     is_causal: bool, scale: float | None, route: int,
@@ -91,7 +92,8 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _gradients(ctx: Any, grad: Tensor | None, _: Any) -> tuple[Any, ...]:
     if grad is None:
         return (None,) * 7
-    found = _attention_backward(grad, *ctx.saved_tensors, ctx.is_causal, ctx.scale, ctx.route)
+    q, k, v, mask, out, lse = ctx.saved_tensors
+    found = _attention_backward(grad, q, k, v, mask, out, lse, ctx.is_causal, ctx.scale, ctx.route)
     return *(g if needed else None for g, needed in zip(found, ctx.needs_input_grad, strict=False)), *(None,) * 4
 
 

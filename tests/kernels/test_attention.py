@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from weft.kernels.attention import _attention, attention, reference
+from weft.kernels.attention import _attention, _attention_backward, attention, reference
 from weft.kernels.attention_backends import Route, choose, repeated
 
 from .accuracy import DTYPES, assert_accurate
@@ -106,7 +106,12 @@ def test_opcheck(group: int, kind: str) -> None:
     mask = masked(kind, 2, 2 * group, 9, 9, dtype)
     route, _ = choose(q, k, v, mask, kind == "causal", None)
     assert route is not Route.PLAIN
-    torch.library.opcheck(_attention, (q, k, v, mask, kind == "causal", None, int(route)))
+    options = kind == "causal", None, int(route)
+    torch.library.opcheck(_attention.overload, (q, k, v, mask, *options))
+    with torch.no_grad():
+        out, lse = _attention(q, k, v, mask, *options)
+        tensors = (torch.ones_like(out), q.detach(), k.detach(), v.detach(), mask, out, lse)
+        torch.library.opcheck(_attention_backward.overload, (*tensors, *options))
 
 
 @pytest.mark.parametrize("order", sorted(ORDERS))

@@ -172,7 +172,7 @@ def test_the_cost_is_that_of_the_documents() -> None:
 def test_opcheck() -> None:
     q, k, v = (laid(i, (2, h, 6, 8), DTYPES[-1], "by token").requires_grad_() for i, h in enumerate((4, 2, 2)))
     route = Route.CPU if DEVICE == "cpu" else Route.EFFICIENT
-    torch.library.opcheck(_attention, (q, k, v, apart([[2, 4], [6]]), False, None, int(route)))
+    torch.library.opcheck(_attention.overload, (q, k, v, apart([[2, 4], [6]]), False, None, int(route)))
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
