@@ -44,7 +44,7 @@ def draw(result: Result, path: Path) -> None:
         axes.tick_params(labelsize=6)
         if i == 0:
             handles = [*axes.get_legend_handles_labels()[0], *beside.get_legend_handles_labels()[0]]
-            axes.legend(handles=handles, fontsize=6)
+            axes.legend(handles=handles, fontsize=6, loc="upper right")
     save(figure, path)
 
 
