@@ -29,6 +29,8 @@ from .toolchain import tl, triton
 
 WARPS, UNROLL = 4, 2
 """Warps of a program, and the words that each thread has under way at a time."""
+NO_GAP = {"COLUMNS": 1, "GAP": 0}
+"""Constants of the kernel for rows that follow each other: the same for weights of all widths."""
 
 NATIVE_CPU = (torch.float32, torch.bfloat16, torch.float16)
 NATIVE_CPU_BLOCK = 1024
@@ -87,8 +89,13 @@ def _dequantize(
     NESTED: tl.constexpr,
     WORDS: tl.constexpr,
     UNROLL: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    GAP: tl.constexpr,
 ):
-    """UNROLL times WORDS words, eight of the ``count`` weights each, the first in the high nibble of the first byte."""
+    """UNROLL times WORDS words, eight of the ``count`` weights each, the first in the high nibble of the first byte.
+
+    After every COLUMNS weights GAP elements of ``out`` are left out.
+    """
     first = tl.program_id(0).to(tl.int64) * (WORDS * UNROLL)
     words = packed.to(tl.pointer_type(tl.int32))
     lane = tl.arange(0, WORDS)
@@ -105,7 +112,8 @@ def _dequantize(
             values = values + (found[j] * scales[i],)
         values = tl.reshape(stacked(values, 8), [8 * WORDS])
         element = (first + i * WORDS) * 8 + tl.arange(0, 8 * WORDS)
-        tl.store(out + element, rounded(values, out.dtype.element_ty), mask=element < count)
+        there = element if GAP == 0 else element + element // COLUMNS * GAP
+        tl.store(out + there, rounded(values, out.dtype.element_ty), mask=element < count)
 
 
 def arguments(weight: list[Tensor], layout: Layout) -> tuple[tuple[Tensor, ...], dict[str, Any]]:
@@ -126,18 +134,18 @@ def arguments(weight: list[Tensor], layout: Layout) -> tuple[tuple[Tensor, ...],
     return (packed, *statistics, code), {"BLOCK_SIZE": size, "NESTED": nested}
 
 
-def _launch(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+def _launch(weight: list[Tensor], layout: Layout, out: Tensor) -> None:
     """Runs the kernel. A compiler's fused multiply-add would round a nested scale once instead of twice: off."""
     tensors, sizes = arguments(weight, layout)
-    out = torch.empty((layout.out_features, layout.in_features), dtype=dtype, device=weight[0].device)
     kernel: Any = _dequantize
     if out.numel():
         words = 32 * WARPS
         grid = (triton.cdiv(out.numel(), 8 * words * UNROLL),)
-        options = {"WORDS": words, "UNROLL": UNROLL, "num_warps": WARPS, "enable_fp_fusion": False}
+        options = {"WORDS": words, "UNROLL": UNROLL, "num_warps": WARPS, "enable_fp_fusion": False, **NO_GAP}
+        if not out.is_contiguous():
+            options |= {"COLUMNS": out.shape[1], "GAP": out.stride(0) - out.shape[1]}
         with torch.cuda.device_of(out):
             kernel[grid](*tensors, out, out.numel(), **sizes, **options)
-    return out
 
 
 def _native_cpu(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
@@ -162,12 +170,22 @@ def _native_cpu(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Ten
 def dequantized(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
     """The body of the operator, for operators that use a dequantized weight for a moment."""
     if use_triton(weight[0]) and dtype != torch.float64:
-        return _launch(weight, layout, dtype)
+        out = torch.empty((layout.out_features, layout.in_features), dtype=dtype, device=weight[0].device)
+        _launch(weight, layout, out)
+        return out
     count = layout.out_features * layout.in_features
     native = weight[0].is_cpu and layout.is_4bit and dtype in NATIVE_CPU and layout.block_size <= NATIVE_CPU_BLOCK
     if native and count and count % layout.block_size == 0 and weight[-1].dtype == torch.float32:
         return _native_cpu(weight, layout, dtype)
     return four_bit.dequantize(weight, layout, dtype)
+
+
+def dequantize_into(out: Tensor, weight: list[Tensor], layout: Layout) -> None:
+    """Fills ``out``, (out_features, in_features), whose rows may be further apart than they are long."""
+    if use_triton(out) and out.dtype != torch.float64:
+        _launch(weight, layout, out)
+    else:
+        out.copy_(dequantized(weight, layout, out.dtype))
 
 
 @operator("weft::dequantize_4bit")

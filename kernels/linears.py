@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..quant.layout import Layout
+from . import split, widened
 from .dispatch import shaped
 from .quant_linear import dense, product
 
@@ -53,16 +54,34 @@ def joined(parts: list[Tensor], dim: int) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
-def scaled_product(left: Tensor, right: Tensor, scale: float) -> Tensor:
-    """scale · left · right, rounded once."""
+def readable(wide: Tensor, dtype: torch.dtype) -> Tensor:
+    """A matrix as :func:`times` reads it for results in ``dtype``: cast once for several products, or not at all."""
+    return wide if split.serves(wide, dtype) else wide.to(dtype)
+
+
+def times(wide: Tensor, factor: Tensor, dtype: torch.dtype, *, turned: bool = False) -> Tensor:
+    """wide · factor, computed in ``dtype``, or its transpose; the factor is narrow."""
+    if split.serves(wide, dtype):
+        return split.product(wide, factor.to(dtype), turned=turned)
+    left, right = wide.to(dtype), factor.to(dtype)
+    return right.t() @ left.t() if turned else left @ right
+
+
+def scaled_product(wide: Tensor, factor: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    """scale · wide · factor, as :func:`times` computes it."""
+    if split.serves(wide, dtype):
+        return split.product(wide, factor.to(dtype)).mul_(scale)
+    left, right = wide.to(dtype), factor.to(dtype)
     return left.new_empty((left.shape[0], right.shape[1])).addmm_(left, right, beta=0, alpha=scale)
 
 
 def add_product(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> None:
-    """y += scale · left · right in place: the one sum that an epilogue or a widened product could take over.
+    """y += scale · left · right in place, for a narrow left and right.
 
-    Operands in another dtype than y's need a temporary in theirs, which is kept small.
+    Operands in another dtype than y's, if they cannot be split, need a temporary in theirs, which is kept small.
     """
+    if left.dtype != y.dtype and split.serves(y, left.dtype):
+        left, right = split.pair(left, right)
     if left.dtype == y.dtype:
         y.addmm_(left, right, alpha=scale)
         return
@@ -75,23 +94,35 @@ def forward(x: Tensor, linears: list[Linear], dtype: torch.dtype) -> tuple[list[
     """y of each linear, and t of all adapters side by side, computed in ``dtype``; None without an adapter."""
     rows, lead = matrix(x), x.shape[:-1]
     shared = [linear.a for linear in linears if linear.a is not None and not linear.own]
-    fused = rows.to(dtype) @ joined(shared, 0).t().to(dtype) if shared else rows.new_empty((rows.shape[0], 0))
-    ts, ys, column = [], [], 0
+    fused = times(rows, joined(shared, 0).t(), dtype) if shared else rows.new_empty((rows.shape[0], 0))
+    ts, column = [], 0
     for linear in linears:
-        y = product(rows, linear.weight, linear.layout, linear.bias)
-        if linear.a is not None and linear.b is not None:
-            if linear.z is not None:
-                t = matrix(linear.z).to(dtype) @ linear.a.t().to(dtype)
-            else:
-                t = fused[:, column : column + linear.rank]
-                column += linear.rank
-            add_product(y, t, linear.b.t().to(dtype), linear.scale)
-            ts.append(t)
-        ys.append(shaped(y, *lead, y.shape[-1]))
-    if not ts:
+        if linear.a is not None and linear.z is not None:
+            ts.append(times(matrix(linear.z), linear.a.t(), dtype))
+        else:
+            ts.append(fused[:, column : column + linear.rank])
+            column += linear.rank
+    ys = [shaped(y, *lead, y.shape[-1]) for y in _outputs(rows, linears, ts, dtype)]
+    adapted = [t for linear, t in zip(linears, ts, strict=True) if linear.a is not None]
+    if not adapted:
         return ys, None
-    t = fused if len(ts) == len(shared) else joined(ts, 1)
+    t = fused if len(adapted) == len(shared) else joined(adapted, 1)
     return ys, shaped(t, *lead, t.shape[-1])
+
+
+def _outputs(rows: Tensor, linears: list[Linear], ts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    """y of each linear from its t."""
+    layouts = [linear.layout for linear in linears if linear.b is not None]
+    beside = widened.Widened(rows) if widened.serves(rows, layouts, dtype) else None
+    ys = []
+    for linear, t in zip(linears, ts, strict=True):
+        if beside is not None and linear.b is not None and linear.layout.is_4bit:
+            ys.append(beside.product(linear.weight, linear.layout, linear.bias, t, linear.b, linear.scale))
+            continue
+        ys.append(product(rows, linear.weight, linear.layout, linear.bias))
+        if linear.b is not None:
+            add_product(ys[-1], t, linear.b.t().to(t.dtype), linear.scale)
+    return ys
 
 
 def backward(
@@ -110,12 +141,12 @@ def backward(
             grads[bias] = dy.sum(0)
         if linear.a is None or linear.b is None:
             continue
-        wide = dy.to(dtype)
+        wide = readable(dy, dtype)
         if needs[a] or needs[z] or (needs[0] and not linear.own):
-            gs[i] = scaled_product(wide, linear.b.to(dtype), linear.scale)
+            gs[i] = scaled_product(wide, linear.b, linear.scale, dtype)
         if needs[b] and t is not None:
             part = matrix(t)[:, column : column + linear.rank]
-            grads[b] = scaled_product(wide.t(), part, linear.scale).to(linear.b.dtype)
+            grads[b] = scaled_product(wide.t(), part, linear.scale, dtype).to(linear.b.dtype)
         if needs[z]:
             grads[z] = shaped(gs[i] @ linear.a.to(dtype), *lead, linear.layout.in_features)
         column += linear.rank
@@ -141,10 +172,14 @@ def _a_gradients(
 ) -> dict[int, Tensor]:
     """dA of each adapter that wants one: one product for those that read x, so that x is read once."""
     wanted = [(3 + 5 * i, linear.a, linear, gs[i]) for i, linear in enumerate(linears) if needs[3 + 5 * i]]
-    own = [(at, a, g.t() @ matrix(linear.z).to(dtype)) for at, a, linear, g in wanted if linear.z is not None]
+    own = [
+        (at, a, times(matrix(linear.z).t(), g, dtype, turned=True))
+        for at, a, linear, g in wanted
+        if linear.z is not None
+    ]
     shared = [(at, a, g) for at, a, linear, g in wanted if not linear.own]
     if shared and x is not None:
-        fused = joined([g for _, _, g in shared], 1).t() @ matrix(x).to(dtype)
+        fused = times(matrix(x).t(), joined([g for _, _, g in shared], 1), dtype, turned=True)
         parts = fused.split([g.shape[1] for _, _, g in shared])
         own += [
             (at, a, part.clone() if len(parts) > 1 else part) for (at, a, _), part in zip(shared, parts, strict=True)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .dispatch import shaped
-from .linears import add_product, matrix, scaled_product
+from .linears import add_product, matrix, readable, scaled_product, times
 from .operator import operator
 from .quant_linear import autocast_dtype, no_autocast
 
@@ -33,7 +33,7 @@ def reference(
 def _lora_update(y: Tensor, x: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The result, and t for the backward."""
     with no_autocast(x):
-        t = matrix(x).to(dtype) @ a.t().to(dtype)
+        t = times(matrix(x), a.t(), dtype)
         out = y.clone(memory_format=torch.contiguous_format)
         add_product(out.view(t.shape[0], y.shape[-1]), t, b.t().to(dtype), scale)
     return out, shaped(t, *x.shape[:-1], t.shape[-1])
@@ -58,15 +58,15 @@ def _lora_update_backward(
     """The gradients of x (in ``dtype``), a and b, those that ``needs`` names."""
     grads: list[Tensor] = []
     with no_autocast(dout):
-        wide = matrix(dout).to(dtype)
+        wide = readable(matrix(dout), dtype)
         if needs[0] or needs[1]:
-            g = scaled_product(wide, b.to(dtype), scale)
+            g = scaled_product(wide, b, scale, dtype)
             if needs[0]:
                 grads.append(shaped(g @ a.to(dtype), *dout.shape[:-1], a.shape[1]))
             if needs[1] and x is not None:
-                grads.append((g.t() @ matrix(x).to(dtype)).to(a.dtype))
+                grads.append(times(matrix(x).t(), g, dtype, turned=True).to(a.dtype))
         if needs[2] and t is not None:
-            grads.append(scaled_product(wide.t(), matrix(t), scale).to(b.dtype))
+            grads.append(scaled_product(wide.t(), matrix(t), scale, dtype).to(b.dtype))
     return grads
 
 
