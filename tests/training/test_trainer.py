@@ -11,6 +11,8 @@ import torch
 from peft import PeftModel
 from transformers import Trainer
 
+import weft
+
 from ..models import assert_same, batch, llama, outcome, twin, with_lora
 from .runs import KINDS, SMALL, adapted, arguments, as_before, assert_same_losses, pair, recorded, rows, trained
 
@@ -69,7 +71,10 @@ def test_losses(kind: str, name: str, tmp_path: Path) -> None:
 @pytest.mark.gpu
 def test_float16_on_a_gpu(tmp_path: Path) -> None:
     """Trainer scales losses on a GPU only; on the CPU the loop of one's own does."""
-    models = pair(with_lora(llama(**SMALL)).cuda())
+    model = with_lora(llama(**SMALL)).cuda()
+    models = [model, twin(model)]
+    weft.optimize(model, example_inputs={name: x.cuda() for name, x in batch(2, 6).items()}, verify=False)
+    assert any(r.rule == "lora_linear" for r in model.rewrite_report.rewrites), str(model.rewrite_report)
     runs = [trained(m, arguments(tmp_path, fp16=True, use_cpu=False, max_steps=6)) for m in models]
     assert_same_losses(runs[0].losses, runs[1].losses, "bfloat16")
 
