@@ -22,6 +22,7 @@ from torch.backends.cuda import (
 
 from . import attention_documents as ragged
 from .attention_documents import Documents, repeated, summed
+from .dispatch import compute_dtype
 
 _MASK_ALIGNMENT = 8
 """The memory-efficient kernel reads rows of a mask that start at multiples of so many elements."""
@@ -82,13 +83,16 @@ def forward(
     if apart is not None:
         route, mask, is_causal = _causal(route, q, k, v, mask)
     aten, heads = torch.ops.aten, q.shape[1]
+    if not (q.numel() and k.numel()):  # the kernels of CUDA return no logarithm for no rows
+        out = torch.zeros_like(q[..., :1]).expand(*q.shape[:3], v.shape[-1])
+        return by_token(out), q.new_zeros(q.shape[:3], dtype=compute_dtype(q))
     if route is Route.CPU:
         out, lse, *_ = aten._scaled_dot_product_flash_attention_for_cpu(
             q, k, v, 0.0, is_causal, attn_mask=additive(mask, q), scale=scale
         )
     elif route is Route.CUDNN:
         out, lse, *_ = aten._scaled_dot_product_cudnn_attention(
-            q, k, v, _expanded(mask, q, k), True, 0.0, is_causal, scale=scale
+            *map(_laid_out, (q, k, v)), _expanded(mask, q, k), True, 0.0, is_causal, scale=scale
         )
     elif route is Route.FLASH:
         out, lse, *_ = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)
@@ -110,6 +114,9 @@ def backward(
         return ragged.backward(apart, grad, q, k, v, out, lse, scale)
     if apart is not None:
         route, mask, is_causal = _causal(route, q, k, v, mask)
+    if not (q.numel() and k.numel()):
+        dq, dk, dv = (torch.zeros_like(t) for t in (q, k, v))
+        return by_token(dq), by_token(dk), by_token(dv)
     aten, shared = torch.ops.aten, (q.shape[2], k.shape[2], 0.0, is_causal)
     if route is Route.CPU:
         lse = lse.transpose(1, 2).contiguous().transpose(1, 2)  # the order in which the forward's kernel writes it
@@ -117,8 +124,8 @@ def backward(
             grad, q, *ragged.alone(k, v, q), out, lse, 0.0, is_causal, attn_mask=additive(mask, q), scale=scale
         )
     elif route is Route.CUDNN:
-        # cuDNN's plans are kept by the memory order of q, k and v alone, and assume that of out and grad to follow
-        out, grad = _like(out, q), _like(grad, q)
+        # cuDNN's plans are kept by the memory order of q, k and v alone, and assume that of out and grad: all have one here
+        grad, q, k, v, out = map(_laid_out, (grad, q, k, v, out))
         unused = [torch.empty((), dtype=torch.long, device=q.device) for _ in range(2)]
         grads = aten._scaled_dot_product_cudnn_attention_backward(
             grad, q, k, v, out, lse.unsqueeze(-1), *unused, _expanded(mask, q, k), None, None, *shared, scale=scale
@@ -171,10 +178,11 @@ def by_token(x: Tensor) -> Tensor:
     return x if flat.is_contiguous() else flat.contiguous().transpose(1, 2)
 
 
-def _like(x: Tensor, q: Tensor) -> Tensor:
-    """``x`` in the memory order in which a new tensor like ``q`` would be."""
-    order = sorted(range(4), key=lambda d: -q.stride(d))
-    return x.permute(order).contiguous().permute([order.index(d) for d in range(4)])
+def _laid_out(x: Tensor) -> Tensor:
+    """``x`` by token, with the strides that a new tensor would have: dimensions of one element may carry any."""
+    flat = by_token(x).transpose(1, 2)
+    _, length, heads, width = flat.shape
+    return flat.as_strided(flat.shape, (length * heads * width, heads * width, width, 1)).transpose(1, 2)
 
 
 def additive(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -51,8 +51,20 @@ class StepMemory:
     _versions: int | None = None
     _store: HostStore | None = None
 
-    def enter(self, path: str) -> None:
-        """The forward of the block at ``path`` begins; its second time begins another forward of the model."""
+    @contextmanager
+    def running(self, path: str) -> Iterator[None]:
+        """The block at ``path`` runs. A forward that fails there says nothing of what others call."""
+        if torch.is_grad_enabled():
+            self._enter(path)
+        try:
+            yield
+        except BaseException:  # out of memory, or interrupted by hand
+            self._entered.clear()
+            self._called = []
+            raise
+
+    def _enter(self, path: str) -> None:
+        """Its second time begins another forward of the model."""
         if path in self._entered:
             self._entered.clear()
         if not self._entered and self._called:
@@ -155,6 +167,10 @@ class BlockGraph:
     def __call__(self, *args: Any) -> Any:
         if not torch.is_grad_enabled():
             return self.joint.lower()(*args)
+        if _saving_is_hooked():
+            return self.joint.lower()(
+                *args
+            )  # somebody else's checkpoint or offloading decides what is kept, and asks twice
         option = self.memory.option(self.place(), self, args)
         with self.memory.saving(option, args):
             return self.joint.lower(option.saved)(*args)
@@ -166,6 +182,11 @@ class BlockGraph:
         if key not in self._costs:
             self._costs[key] = block_costs(self.joint, args, _rates(args), checkpointed)
         return self._costs[key]
+
+
+def _saving_is_hooked() -> bool:
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    return autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 def _rates(args: Sequence[Any]) -> Rates:

@@ -28,7 +28,7 @@ BNB: Any = bnb.nn
 
 def reloaded(folder: Path) -> Any:
     """By transformers alone; nothing may be missing, or too much."""
-    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, device_map="cpu")
     assert not any(info.values()), info
     return model
 
