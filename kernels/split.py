@@ -114,16 +114,14 @@ def product(wide: Tensor, factor: Tensor, *, turned: bool = False) -> Tensor:
         turned: return (n, m) instead of (m, n).
     """
     (m, k), n = wide.shape, factor.shape[1]
-    side, sums = parts(factor.t(), EXACT).view(3 * n, k), []
+    side = parts(factor.t(), EXACT).view(3 * n, k)
+    total = None
     for left, right in zip(_pieces(wide), _pieces(side), strict=True):
-        if turned:
-            sums.append(_bmm(right, left.transpose(1, 2)).view(3 * len(left), n, m).sum(0))
-        else:
-            sums.append(_bmm(left, right.transpose(1, 2)).view(len(left), m, 3, n).sum((0, 2)))
-    total = sums[0] if sums else factor.new_zeros((n, m) if turned else (m, n))
-    for more in sums[1:]:
-        total += more
-    return total
+        # The narrow side comes first, so that the sum runs over whole matrices.
+        found = _bmm(right, left.transpose(1, 2)).view(3 * len(left), n, m).sum(0)
+        total = found if total is None else total.add_(found)
+    total = factor.new_zeros((n, m)) if total is None else total
+    return total if turned else total.t().contiguous()
 
 
 def pair(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
