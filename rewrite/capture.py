@@ -16,7 +16,7 @@ from torch import Tensor, fx
 from . import graph as g
 from .blocks import BlockGraph, StepMemory
 from .driver import Verifier
-from .joint import JointGraph
+from .joint import JointGraph, unseen
 from .lower import has_checkpoint, lower
 from .pipeline import Pass, run_pipeline
 from .report import GraphRecord, RegionRecord, RewriteReport
@@ -81,7 +81,8 @@ class Session:
         original = fx.GraphModule(module, module.graph)
         original.graph = _copy(module.graph)
         try:
-            self.rewrite(module, example_inputs, record)
+            with unseen():
+                self.rewrite(module, example_inputs, record)
             function = self._lowered(module, example_inputs, rung)
         except Exception as error:  # whatever a rule does, the model must run; the report and the log say what happened
             _log.debug("rewriting %s failed", self.path, exc_info=True)

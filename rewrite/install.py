@@ -10,6 +10,7 @@ import copy
 import inspect
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from functools import update_wrapper
 from typing import Any
@@ -178,12 +179,10 @@ class Installation:
 
         @torch.compiler.disable(recursive=False)  # called where Dynamo gave a frame up, it would be captured itself
         def run(*args: Any, **kwargs: Any) -> Any:
-            if memory is not None and torch.is_grad_enabled():
-                memory.enter(path)
             if layer is not None:
                 kwargs = narrow_caches(kwargs, layer)
             try:
-                with session.inside(path), dynamo_settings():
+                with session.inside(path), dynamo_settings(), memory.running(path) if memory else nullcontext():
                     return widen_caches(compiled(*args, **kwargs))
             except TorchDynamoException as error:
                 failure = error

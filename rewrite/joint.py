@@ -8,6 +8,7 @@ backward, as late as it is needed, and nothing that no gradient needs is compute
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, fx
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.partitioners import default_partition
 from torch._guards import TracingContext, tracing
+from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.graph import _BoxedCodeGen
 from torch.utils.checkpoint import CheckpointPolicy
 
@@ -48,7 +50,7 @@ class JointGraph:
                 bw_compiler=lambda module, _: self._backward(saved, module),
                 partition_fn=lambda joint, inputs, **options: self._partition(saved, joint, inputs, options),
             )
-            with tracing(self._context), torch.enable_grad():
+            with tracing(self._context), torch.enable_grad(), unseen():
                 self._lowered[saved] = backend(self.module, self.fakes)
         return self._lowered[saved]
 
@@ -70,6 +72,15 @@ class JointGraph:
         for node in (n for part in parts for n in part.graph.nodes if isinstance(n.target, _Undrawn)):
             node.target = node.target.operator
         return parts
+
+
+def unseen() -> AbstractContextManager[Any]:
+    """Inside, what autograd saves is hidden from hooks around: those of a checkpoint would count what tracing saves."""
+    return saved_tensors_hooks(_same, _same)
+
+
+def _same(tensor: Tensor) -> Tensor:
+    return tensor
 
 
 class _Undrawn:

@@ -8,7 +8,11 @@ from typing import Any
 
 from weft.text import fold, table, unnumbered
 
+from .recompute import MemoryPlan
 from .report import RewriteReport
+
+Section = tuple[str, list[str], list[list[str]]]
+"""Title, headers and rows of a table."""
 
 
 def rewrite_rows(report: RewriteReport) -> list[list[str]]:
@@ -53,6 +57,36 @@ def _bytes(count: float) -> str:
     raise AssertionError
 
 
+def memory_rows(plan: MemoryPlan) -> list[list[str]]:
+    """One row for the blocks that do the same."""
+    groups: dict[tuple[Any, ...], list[str]] = defaultdict(list)
+    for b in plan.blocks:
+        groups[b.choice, b.saved_bytes, b.host_bytes, f"{1000 * b.extra_seconds:.2f} ms"].append(b.path)
+    return [
+        [fold(paths), choice, _bytes(saved), _bytes(host) if host else "–", extra]
+        for (choice, saved, host, extra), paths in groups.items()
+    ]
+
+
+def memory_line(plan: MemoryPlan) -> str:
+    """The limit, and what the step is predicted to take."""
+    limit = "as little as possible" if plan.limit is None else f"at most {_bytes(plan.limit)}"
+    fits = "" if plan.fits else ", which does not fit"
+    measured = "" if plan.measured is None else f"; the step before took {_bytes(plan.measured)}"
+    return (
+        f"{limit}: predicted peak {_bytes(plan.predicted)}{fits} (resident {_bytes(plan.resident)}, "
+        f"working {_bytes(plan.working)}){measured}; {1000 * plan.extra_seconds:.2f} ms more a step"
+    )
+
+
+def _memory_section(report: RewriteReport) -> Section | None:
+    plan = report.memory
+    if plan is None or not plan.blocks:
+        return None
+    title = f"Memory of a training step, {memory_line(plan)}"
+    return title, ["where", "choice", "saved by each", "on the host", "extra time of each"], memory_rows(plan)
+
+
 def summary(report: RewriteReport) -> str:
     """The first lines: how much was reached, in what time."""
     rungs = defaultdict(int)
@@ -67,7 +101,7 @@ def summary(report: RewriteReport) -> str:
     )
 
 
-def sections(report: RewriteReport) -> list[tuple[str, list[str], list[list[str]]]]:
+def sections(report: RewriteReport) -> list[Section]:
     """Title, headers and rows of every table that is not empty."""
     passes = [[p.name, f"{p.seconds:.2f}", str(p.rewrites), str(p.refusals)] for p in report.passes]
     found = [
@@ -76,8 +110,9 @@ def sections(report: RewriteReport) -> list[tuple[str, list[str], list[list[str]
         ("Left as they were", ["where", "why"], _note_rows(report)),
         ("Nearest misses", ["rule", "where", "stopped at"], _reason_rows(report.near_misses)),
         ("Passes", ["pass", "seconds", "rewrites", "refusals"], passes),
+        _memory_section(report),
     ]
-    return [section for section in found if section[2]]
+    return [section for section in found if section and section[2]]
 
 
 def to_text(report: RewriteReport) -> str:
@@ -94,7 +129,7 @@ def to_html(report: RewriteReport) -> str:
     for title, headers, rows in sections(report):
         head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in rows)
-        parts.append(f"<h2>{title}</h2><table><tr>{head}</tr>{body}</table>")
+        parts.append(f"<h2>{html.escape(title)}</h2><table><tr>{head}</tr>{body}</table>")
     style = "body{font:14px sans-serif;margin:2em}td,th{text-align:left;padding:.2em 1em .2em 0;border-bottom:1px solid #ddd}"
     return f"<!doctype html><meta charset=utf-8><title>weft report</title><style>{style}</style>{''.join(parts)}"
 
