@@ -57,7 +57,8 @@ THRIFTY = 1 / 32
 def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpointed: bool = False) -> BlockCosts:
     """The options of a block for a call with ``args``; those that save next to nothing if ``checkpointed``."""
     joint.lower()
-    assert joint.graph is not None
+    if joint.graph is None:  # no gradient passes through the block: it has no backward
+        return BlockCosts((Option(None, 0, 0.0),), 0)
     of = evaluator(joint.fakes, args)
     seconds: Callable[[fx.Node], float] = lambda node: node_seconds(node, of, rates)  # noqa: E731
     choices = frontier(recompute_problem(joint.graph, seconds, of), PRICES)
