@@ -1,0 +1,94 @@
+"""What only a GPU has: inputs of blocks in the host's memory, measured peaks, a plan without being asked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import weft
+from weft.rewrite.offload import HostStore
+
+from ..models import assert_same, batch, outcome, twin
+from .held import adapted
+
+pytestmark = pytest.mark.gpu
+WIDE = {"hidden_size": 256, "intermediate_size": 512, "max_position_embeddings": 512}
+
+
+def on_gpu(inputs: dict[str, Any]) -> dict[str, Any]:
+    """Where the model is."""
+    return {name: value.cuda() for name, value in inputs.items()}
+
+
+def planned(memory: str | int | None) -> tuple[Any, Any]:
+    """A model of six blocks on the GPU, and its twin."""
+    model = adapted(6, **WIDE).cuda()
+    plain = twin(model)
+    return weft.optimize(model, example_inputs=on_gpu(batch(2, 6)), verify=False, memory=memory), plain
+
+
+def peak(model: Any, inputs: dict[str, Any]) -> int:
+    """Of the third step, above what was there when it began."""
+    for _ in range(2):
+        outcome(model, inputs)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    outcome(model, inputs)
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def test_inputs_of_blocks_on_the_host() -> None:
+    inputs, (model, plain) = on_gpu(batch(8, 256)), planned("min")
+    for _ in range(3):
+        assert_same(outcome(model, inputs), outcome(plain, inputs), rounding=1e-3)
+    blocks = model.rewrite_report.memory.blocks
+    assert any(b.host_bytes == 8 * 256 * 256 * 4 for b in blocks)
+    assert "on the host" in str(model.rewrite_report)
+
+
+def test_a_smaller_limit_has_a_smaller_peak() -> None:
+    inputs, (model, plain) = on_gpu(batch(8, 256)), planned("1TB")
+    del plain
+    roomy = peak(model, inputs)
+    model.rewrite_report.steps.limit = "min"
+    assert peak(model, inputs) < 0.8 * roomy
+
+
+def test_without_a_limit_the_free_memory_is_one() -> None:
+    model, _ = planned(None)
+    outcome(model, on_gpu(batch(8, 256)))
+    plan = model.rewrite_report.memory
+    assert plan.limit <= torch.cuda.get_device_properties(0).total_memory and plan.fits
+    assert all(b.choice == "saves all" for b in plan.blocks)
+
+
+def test_two_forwards_before_one_backward_on_the_host() -> None:
+    model, plain = planned("min")
+    gradients = []
+    for each in (model, plain):
+        losses = [each(**on_gpu(batch(4, length, seed=length))).loss for length in (128, 128, 64)]
+        (losses[0] - 2 * losses[1] + losses[2]).backward()
+        gradients.append({n: p.grad for n, p in each.named_parameters() if p.grad is not None})
+    assert_same(gradients[0], gradients[1], rounding=1e-3)
+
+
+def test_a_pinned_buffer_is_used_again_once_it_is_free() -> None:
+    store, device = HostStore(torch.device("cuda")), torch.device("cuda")
+    for seed in range(4):
+        given = torch.full((512, 512), float(seed + 1), device=device, requires_grad=True)
+        kept: list[Tensor] = []
+        for factor in (1.0, 2.0, 3.0):
+            x = given * factor
+            with store.offloading(x):
+                kept.append(x.square())
+        del x
+        sum(k.sum() for k in kept).backward()  # type: ignore[union-attr]
+        assert given.grad is not None
+        torch.testing.assert_close(given.grad, torch.full_like(given, 2 * (seed + 1) * (1 + 4 + 9)))
+        kept.clear()
+    assert sum(map(len, store._free.values())) == 3
