@@ -134,6 +134,14 @@ def test_what_a_dropout_drew_is_kept() -> None:
     assert random_calls(captured.joint.graph)
 
 
+def test_attention_that_drops_nothing_is_done_twice_without_the_generators_state() -> None:
+    captured = Captured(program([("attention", False)], 1))
+    wanted, _ = seeded(captured, leaves(5))
+    found, saved = seeded(lambda *a: captured(*a, saved=frozenset()), leaves(5))
+    assert_close(found, wanted)
+    assert saved == 0 and "rng_state" not in str(captured.joint.backward[frozenset()])
+
+
 def test_half_of_a_product_that_is_needed_keeps_the_whole() -> None:
     """A part of a split lies in what was split: saving it saves all of that."""
     torch._dynamo.reset()
