@@ -31,6 +31,24 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "num_key_value_heads": 2, "vocab_size": 151936, "rope_theta": 1000000.0, "max_position_embeddings": 32768,
         "tie_word_embeddings": True,
     }),
+    "neox1.4b": ("GPTNeoXConfig", {
+        "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24, "num_attention_heads": 16,
+        "vocab_size": 50304, "rotary_pct": 0.25, "max_position_embeddings": 2048, "use_parallel_residual": True,
+    }),
+    "gemma3-4b": ("Gemma3TextConfig", {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 34, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 256, "vocab_size": 262208, "sliding_window": 1024,
+        "max_position_embeddings": 8192,
+    }),
+    "phi3-3.8b": ("Phi3Config", {
+        "hidden_size": 3072, "intermediate_size": 8192, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "num_key_value_heads": 32, "vocab_size": 32064, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    }),
+    "mixtral-2b": ("MixtralConfig", {
+        "hidden_size": 2048, "intermediate_size": 3584, "num_hidden_layers": 12, "num_attention_heads": 16,
+        "num_key_value_heads": 4, "num_local_experts": 8, "num_experts_per_tok": 2, "vocab_size": 32000,
+        "max_position_embeddings": 8192, "tie_word_embeddings": False,
+    }),
     "tiny": ("LlamaConfig", {
         "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
         "num_key_value_heads": 2, "vocab_size": 640, "max_position_embeddings": 512, "tie_word_embeddings": False,

@@ -18,7 +18,7 @@ from torch import nn
 from .arm_settings import SHAPES, TOKENS, Setting
 
 RANK = 16
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def device() -> torch.device:
@@ -94,8 +94,10 @@ def build(setting: Setting) -> Any:
     return model
 
 
-def _lora() -> dict[str, Any]:
-    return {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "bias": "none", "target_modules": list(TARGETS)}
+def _lora(setting: Setting) -> dict[str, Any]:
+    """LoRA on every linear; Unsloth asks for their names, which PEFT finds out."""
+    targets = TARGETS if setting.base == "unsloth" or setting.shape in ("llama8b", "qwen1.5b") else "all-linear"
+    return {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "bias": "none", "target_modules": targets}
 
 
 def _unsloth(setting: Setting) -> Any:
@@ -106,7 +108,7 @@ def _unsloth(setting: Setting) -> Any:
         str(save(setting)), max_seq_length=setting.length, dtype=torch.bfloat16, load_in_4bit=setting.nf4
     )
     return FastLanguageModel.get_peft_model(
-        model, use_gradient_checkpointing=checkpointing, random_state=0, **_lora()
+        model, use_gradient_checkpointing=checkpointing, random_state=0, **_lora(setting)
     )  # fmt: skip
 
 
@@ -122,11 +124,11 @@ def _peft(setting: Setting) -> Any:
         model = prepare_model_for_kbit_training(
             model, use_gradient_checkpointing=setting.checkpointing, gradient_checkpointing_kwargs=options
         )
-        return get_peft_model(model, LoraConfig(**_lora()))
+        return get_peft_model(model, LoraConfig(**_lora(setting)))
     if setting.checkpointing and not (setting.base == "weft" and setting.memory):
         model.gradient_checkpointing_enable(options)
         model.enable_input_require_grads()
-    return get_peft_model(model, LoraConfig(**_lora()))
+    return get_peft_model(model, LoraConfig(**_lora(setting)))
 
 
 def _apply_liger(setting: Setting) -> None:

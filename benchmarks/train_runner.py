@@ -33,7 +33,7 @@ def interleave(given: argparse.Namespace) -> int:
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     limits = json.loads(_last_line(_python(["benchmarks.ceilings"], given.limit, stderr=None)))
     if any(setting_of(given, arm).loads for arm in arms):
-        _python(["benchmarks.train_step", "--save", *_options(given)], given.limit, stderr=None)
+        save_models(given)
     with tempfile.TemporaryDirectory() as caches:
         for arm in [arm for _ in range(given.rounds) for arm in arms]:
             results[arm].append(run(arm, given, Path(caches) / arm))
@@ -45,6 +45,11 @@ def interleave(given: argparse.Namespace) -> int:
     for arm, package in absent.items():
         print(f"{arm:14} not installed: {package}")
     return int(any("failed" in found for runs in results.values() for found in runs))
+
+
+def save_models(given: argparse.Namespace) -> None:
+    """Write the model that some arms load, in a process that ends before they begin."""
+    _python(["benchmarks.train_step", "--save", *_options(given)], given.limit, stderr=None)
 
 
 def run(arm: str, given: argparse.Namespace, caches: Path) -> dict[str, Any]:
