@@ -59,10 +59,11 @@ def _report(model: Any) -> dict[str, Any]:
 
 
 def _memory(plan: Any) -> dict[str, Any] | None:
-    """The plan of the last step, in GiB, and how many blocks do what."""
+    """The plan of the last step whose peak is known, in GiB, and how many blocks do what."""
     if plan is None:
         return None
     sizes = ("limit", "predicted", "measured", "resident", "working")
+    plan = plan.before or plan
     gib = {name: round(value / 2**30, 3) for name in sizes if (value := getattr(plan, name)) is not None}
     return gib | {"extra_s": round(plan.extra_seconds, 4), "blocks": dict(Counter(b.choice for b in plan.blocks))}
 

@@ -13,13 +13,16 @@ from torch import Tensor, nn
 from .joint import JointGraph
 from .offload import HostStore
 from .rates import Rates, measured_rates
-from .recompute import BlockCosts, BlockMemory, MemoryPlan, Option, activation, block_costs, choose_options
+from .recompute import BlockCosts, BlockMemory, Head, MemoryPlan, Option, activation, block_costs, choose_options
 
 ADAM_BYTES = 8
 """Of optimizer state for each trained number, as long as there is none to be seen: AdamW's two moments in float32."""
 
 FILLED = 0.95
 """Of the memory that is free, what may be planned with: the allocator's blocks do not fit together without gaps."""
+
+REMEMBERED = 256
+"""Sizes of calls whose options are kept. A call no larger than one that left room to save all is not looked at anew."""
 
 Limit = int | Literal["free", "min"]
 Key = tuple[str, int]
@@ -40,6 +43,8 @@ class StepMemory:
     model: nn.Module
     limit: Limit = "free"
     plan: MemoryPlan | None = None
+    heads: list[Head] = field(default_factory=list)
+    """Of the graphs beside the blocks."""
     checkpointed: bool = False
     """Set while a block runs that its model wants computed again."""
     _entered: set[str] = field(default_factory=set)
@@ -49,6 +54,7 @@ class StepMemory:
     _passes: dict[Any, list[Key]] = field(default_factory=dict)
     _shapes: Any = None
     _versions: int | None = None
+    _first_resident: int = 0
     _store: HostStore | None = None
 
     @contextmanager
@@ -98,14 +104,26 @@ class StepMemory:
     def _begin(self, args: Sequence[Any], costs: BlockCosts) -> None:
         """A forward begins: see what memory there is."""
         device = next(a.device for a in args if isinstance(a, Tensor))
-        measured = _peak_since(self.plan, device)
+        former = self.plan
+        if former is not None:
+            former.measured, former.before = _peak_since(former, device), None
         self._shapes = _shapes(args)
         now = resident_bytes(self.model, device)
         limit = now + int(FILLED * free_bytes(device)) if self.limit == "free" else self.limit
         expected = self._passes.get(self._shapes, ())
-        working = max([costs.working, *(self._costs[k].working for k in expected)])
-        self.plan = MemoryPlan(None if limit == "min" else limit, now + self._pending(), working, measured=measured)
+        given = activation(args)
+        head = max((h.at(given.numel()) for h in self.heads), default=0) if given is not None else 0
+        working = max([costs.working, head + costs.options[0].bytes, *(self._costs[k].working for k in expected)])
+        resident = now + self._pending(now)
+        self.plan = MemoryPlan(None if limit == "min" else limit, resident, working, before=former)
         self.plan.peak_before = _peak(device)
+
+    def roomy(self, costs: BlockCosts) -> bool:
+        """Whether all blocks could save all at these costs, by what was resident when the last forward began."""
+        if self.plan is None or self.plan.limit is None:
+            return False
+        needed = len(self.paths) * costs.options[0].bytes + costs.working
+        return costs.options[0].saved is None and self.plan.resident + 2 * needed <= self.plan.limit
 
     def _choose(self, key: Key, like: BlockCosts) -> None:
         """Choose for this block and those still to come; those not seen yet are taken to be like this one."""
@@ -122,16 +140,19 @@ class StepMemory:
         self._chosen |= dict(zip(to_come, chosen, strict=True))
         plan.blocks[done:] = [_record(path, o) for (path, _), o in zip(to_come, chosen, strict=True)]
 
-    def _pending(self) -> int:
+    def _pending(self, now: int) -> int:
         """Bytes that a step will add and keep: gradients that are not there, and before the first one the optimizer's state.
 
-        An optimizer that has stepped has changed the parameters in place.
+        An optimizer that has stepped has changed the parameters in place, or if it did so unseen, has taken memory.
         """
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        versions = sum(p._version for p in trained)
-        first, self._versions = self._versions is None, versions if self._versions is None else self._versions
-        state = 0 if not first and versions != self._versions else ADAM_BYTES * sum(p.numel() for p in trained)
-        return state + sum(p.numel() * p.element_size() for p in trained if p.grad is None)
+        versions, count = sum(p._version for p in trained), sum(p.numel() for p in trained)
+        if self._versions is None:
+            self._versions, self._first_resident = versions, now
+        held = sum(p.grad.nbytes for p in trained if p.grad is not None)
+        stepped = versions != self._versions or now - held - self._first_resident >= count
+        missing = sum(p.nbytes for p in trained if p.grad is None)
+        return missing + (0 if stepped else ADAM_BYTES * count)
 
     def saving(self, option: Option, args: Sequence[Any]) -> AbstractContextManager[Any]:
         """Entered around a block's call, sends to the host what the option keeps there."""
@@ -180,8 +201,18 @@ class BlockGraph:
         checkpointed = checkpointed or self.checkpointed
         key = (checkpointed, _shapes(args))
         if key not in self._costs:
-            self._costs[key] = block_costs(self.joint, args, _rates(args), checkpointed)
+            if len(self._costs) >= REMEMBERED:
+                self._costs.clear()
+            larger = next((c for k, c in self._costs.items() if _at_most(key, k) and self.memory.roomy(c)), None)
+            self._costs[key] = larger or block_costs(self.joint, args, _rates(args), checkpointed)
         return self._costs[key]
+
+
+def _at_most(a: Any, b: Any) -> bool:
+    """Whether every size in ``a`` is at most that in ``b``, and what is no size is equal."""
+    if isinstance(a, tuple) and isinstance(b, tuple):
+        return len(a) == len(b) and all(map(_at_most, a, b))
+    return a <= b if type(a) is int and type(b) is int else a is b or a == b
 
 
 def _saving_is_hooked() -> bool:

@@ -19,6 +19,7 @@ from .driver import Verifier
 from .joint import JointGraph, unseen
 from .lower import has_checkpoint, lower
 from .pipeline import Pass, run_pipeline
+from .recompute import head_of
 from .report import GraphRecord, RegionRecord, RewriteReport
 from .verify import Replayer
 
@@ -98,6 +99,8 @@ class Session:
         """The callable: a block in training saves what is planned, anything else what its operators save."""
         trained = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in example_inputs)
         if self.memory is None or rung != "graph" or not trained or self.path not in self.memory.paths:
+            if self.memory is not None and trained and (head := head_of(module.graph, example_inputs)):
+                self.memory.heads.append(head)
             return lower(module)
         try:
             joint = JointGraph(module, example_inputs)

@@ -3,10 +3,12 @@
 For each block there are options: what a minimum cut saves at some price of memory (:mod:`.remat`), with the block's input kept
 on the device or in the host's memory. The options of a model's blocks are exchanged, one step at a time and earlier blocks
 first, for whatever takes the least time for each byte freed, until the step fits: on options of decreasing return that is the
-optimum but for the last step. When blocks are measured and when the backward of the last one runs, all others hold what they
-saved, and the last one holds all that its backward reads:
+optimum but for the last step. When the backward of the last block begins, all others hold what they saved, and it holds all that
+it reads:
 
     peak  =  resident  +  Σ saved, without the last block  +  the most that one backward has alive
+
+or, if that is more, what the head and the loss have alive beside all that is saved.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from .joint import JointGraph, recompute_problem
 from .liveness import peak_bytes
 from .rates import Rates
 from .remat import Choice, frontier
-from .sizes import Evaluate, evaluator, node_flops, node_traffic, value_bytes
+from .sizes import Evaluate, evaluator, node_flops, node_traffic, storages, tensors, value_bytes
 
 PRICES = tuple(10.0**-exponent for exponent in (16, 14, 13, 12.5, 12, 11.75, 11.5, 11.25, 11, 10.5, 10, 9.5, 9))
 """Seconds a byte at which the cut is asked: for a gigabyte from 0.1 µs to a second, above which no memory is worth it."""
@@ -119,6 +121,35 @@ def _working(joint: JointGraph, of: Evaluate, held: int) -> int:
     return peak_bytes(graph, of, inputs, lambda n: _unpacked(n, of)) + held
 
 
+@dataclass(frozen=True)
+class Head:
+    """What a graph beside the blocks, that of the head and the loss most often, has alive for ``numel`` numbers of input."""
+
+    bytes: int
+    numel: int
+
+    def at(self, numel: int) -> int:
+        """For ``numel`` numbers of input."""
+        return self.bytes * numel // self.numel
+
+
+def head_of(graph: fx.Graph, fakes: Sequence[Any]) -> Head | None:
+    """Of a graph that runs node by node: all that it computes, and two gradients of the largest; None without an input."""
+    given = activation(fakes)
+    if given is None:
+        return None
+    hint: Evaluate = lambda size: size.node.hint if isinstance(size, torch.SymInt) else int(size)  # noqa: E731
+    inputs = {s for n in graph.nodes if n.op == "placeholder" for s in storages(n.meta.get("val"))}
+    made: dict[int, int] = {}
+    for node in graph.nodes:
+        for tensor in tensors(node.meta.get("val")):
+            key = tensor.untyped_storage()._cdata
+            if key not in inputs:
+                made[key] = max(made.get(key, 0), value_bytes(tensor, hint))
+    numel = value_bytes(given, hint) // given.element_size()
+    return Head(sum(made.values()) + 2 * max(made.values(), default=0), numel) if numel else None
+
+
 def _unpacked(node: fx.Node, of: Evaluate) -> int:
     """A packed weight is unpacked while it is read: two 16-bit numbers for each byte."""
     packed = [n for n in node.all_input_nodes if getattr(n.meta.get("val"), "dtype", None) == torch.uint8]
@@ -126,12 +157,15 @@ def _unpacked(node: fx.Node, of: Evaluate) -> int:
 
 
 def choose_options(blocks: Sequence[BlockCosts], room: int) -> list[Option]:
-    """One option a block: the least time of those that fit into ``room`` bytes, or the fewest bytes if none does."""
+    """One option a block: the least time of those that fit into ``room`` bytes, or the fewest bytes if none does.
+
+    The last block saves all: its backward, which runs first, would have as much alive in any case.
+    """
     at = [0] * len(blocks)
     over = sum(b.options[0].bytes for b in blocks[:-1]) - room
     steps = [
         ((after.seconds - before.seconds) / (before.bytes - after.bytes), i, k)
-        for i, block in enumerate(blocks)
+        for i, block in enumerate(blocks[:-1])
         for k, (before, after) in enumerate(zip(block.options, block.options[1:], strict=False))
     ]
     for _, i, k in sorted(steps):
@@ -139,7 +173,7 @@ def choose_options(blocks: Sequence[BlockCosts], room: int) -> list[Option]:
             break
         before, after = blocks[i].options[k : k + 2]
         at[i] = k + 1
-        over -= before.bytes - after.bytes if i + 1 < len(blocks) else 0
+        over -= before.bytes - after.bytes
     return [block.options[k] for block, k in zip(blocks, at, strict=True)]
 
 
@@ -161,8 +195,9 @@ class MemoryPlan:
     Attributes:
         limit: None asks for as few as possible.
         resident: weights, optimizer state, gradients and whatever else is there besides activations.
-        working: the most that one block's backward has alive.
-        measured: the peak of the step before, on a GPU, where it was the highest until then.
+        working: the most that one block's backward, or the head with its loss, has alive beside what the other blocks saved.
+        measured: the step's own peak, on a GPU, once the next one has begun, where it was the highest until then.
+        before: the plan of the step before, measured.
     """
 
     limit: int | None
@@ -171,6 +206,7 @@ class MemoryPlan:
     blocks: list[BlockMemory] = field(default_factory=list)
     measured: int | None = None
     peak_before: int | None = None
+    before: MemoryPlan | None = None
 
     @property
     def predicted(self) -> int:
@@ -190,4 +226,9 @@ class MemoryPlan:
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
         kept = {name: getattr(self, name) for name in ("limit", "resident", "working", "predicted", "measured", "fits")}
-        return kept | {"extra_seconds": self.extra_seconds, "blocks": [asdict(b) for b in self.blocks]}
+        before = None if self.before is None else {k: getattr(self.before, k) for k in ("predicted", "measured")}
+        return kept | {
+            "before": before,
+            "extra_seconds": self.extra_seconds,
+            "blocks": [asdict(b) for b in self.blocks],
+        }

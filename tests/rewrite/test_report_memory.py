@@ -21,7 +21,8 @@ def plan(limit: int | None = 400 * MIB, measured: int | None = None) -> MemoryPl
         for i in (0, 1)
     ]
     blocks += [BlockMemory(f"layers.{i}", 64 * MIB, 0, 0.0, "saves all") for i in (2, 3)]
-    return MemoryPlan(limit, 128 * MIB, 96 * MIB, blocks, measured)
+    before = MemoryPlan(limit, 128 * MIB, 96 * MIB, blocks, measured)
+    return MemoryPlan(limit, 128 * MIB, 96 * MIB, blocks, before=before)
 
 
 def report(of: MemoryPlan | None) -> RewriteReport:
@@ -42,7 +43,7 @@ def test_limit_and_prediction_are_stated() -> None:
     assert line.startswith("at most 400.0 MiB: predicted peak 290.0 MiB (resident 128.0 MiB, working 96.0 MiB)")
     assert line.endswith("8.00 ms more a step") and "does not fit" not in line
     assert memory_line(plan(None)).startswith("as little as possible: predicted peak 290.0 MiB (")
-    assert "the step before took 300.0 MiB" in memory_line(plan(measured=300 * MIB))
+    assert "the step before took 300.0 MiB of " in memory_line(plan(measured=300 * MIB))
 
 
 def test_a_limit_that_is_not_met_is_said_to_be() -> None:

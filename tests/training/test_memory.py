@@ -121,7 +121,9 @@ def test_every_way_to_say_a_limit(memory: str | int) -> None:
 def test_all_is_saved_only_where_it_fits(roomy: tuple[Any, Any], thrifty: tuple[Any, Any]) -> None:
     wide, narrow = held_bytes(roomy[0]), held_bytes(thrifty[0])
     assert wide == saved_bytes(roomy[0]) and narrow == saved_bytes(thrifty[0])
-    assert all(8 * narrow[path] < wide[path] for path in wide)
+    *others, last = wide
+    assert all(8 * narrow[path] < wide[path] for path in others)
+    assert narrow[last] == wide[last], "what the last block saves is alive in its backward anyway"
 
 
 def test_lengths_that_come_later_are_planned_at_their_sizes(roomy: tuple[Any, Any]) -> None:
@@ -153,7 +155,8 @@ def test_all_parameters_trained() -> None:
 def test_blocks_in_the_graph_of_the_root() -> None:
     model, plain = planned("min", RootLoop(layers=3))
     assert_same(outcome(model, batch()), outcome(plain, batch()))
-    assert len(plan_of(model).blocks) == 3 and all(b.extra_seconds > 0 for b in plan_of(model).blocks)
+    *others, last = plan_of(model).blocks
+    assert len(others) == 2 and all(b.extra_seconds > 0 for b in others) and last.extra_seconds == 0
 
 
 def test_a_model_without_blocks_has_no_plan() -> None:
@@ -250,7 +253,8 @@ def test_checkpointing_of_the_model_is_obeyed(when: str, reentrant: bool, thrift
         enable()
         original = model.base_model.model.model.layers[0]._gradient_checkpointing_func
     assert_same(step(model), step(plain))
-    assert held_bytes(model) == saved_bytes(model) == held_bytes(thrifty[0])
+    held = held_bytes(model)
+    assert held == saved_bytes(model) and max(held.values()) <= max(list(held_bytes(thrifty[0]).values())[:-1])
     model.gradient_checkpointing_disable()
     assert all(b.choice == "saves all" for b in _after_step(model).blocks)
     model.gradient_checkpointing_enable({"use_reentrant": reentrant})
