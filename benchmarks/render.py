@@ -131,8 +131,37 @@ def cpu(result: Result) -> list[str]:
     return lines + table(("mode", "eager ms", "weft ms", "ratio", "difference"), rows)
 
 
+PEERS = ("bitsandbytes", "compiled eager", "dense", "torch", "clone", "neg")
+"""Variants of a sweep that are not ours; the others are settings of one kernel."""
+
+
+def sweep(result: Result) -> list[str]:
+    """The fastest setting of each kernel beside what it is compared with, in one run."""
+    lines = [
+        "## Settings of kernels",
+        "",
+        *machine(result),
+        f"Copy bandwidth of this run: {result['copy_tb_s']:.3f} TB/s.",
+        "",
+    ]
+    lines += [
+        "The fastest of a kernel's settings; backward is forward and backward. `clone` copies what a norm reads.",
+        "",
+    ]
+    groups = list(dict.fromkeys(r["group"] for r in result["records"]))
+    return lines + table(("kernel", "variant", "µs", "share"), [row for g in groups for row in sweep_rows(result, g)])
+
+
+def sweep_rows(result: Result, group: str) -> list[list[str]]:
+    """The fastest of ours, and every peer."""
+    timed = sorted((r for r in result["records"] if r["group"] == group and r.get("us")), key=lambda r: r["us"])
+    ours = [r for r in timed if r["variant"] not in (*PEERS, "frozen")][:1]
+    shown = ours + [r for r in timed if r["variant"] in PEERS]
+    return [[group, r["variant"], f"{r['us']:.1f}", f"{r['share']:.0%}"] for r in shown]
+
+
 KINDS: dict[str, Callable[[Result], list[str]]] = {
-    "kernels": kernels, "train_step": train_step, "capture": capture, "cpu": cpu,
+    "sweep": sweep, "kernels": kernels, "train_step": train_step, "capture": capture, "cpu": cpu,
 }  # fmt: skip
 
 
