@@ -146,12 +146,12 @@ class StepMemory:
         An optimizer that has stepped has changed the parameters in place, or if it did so unseen, has taken memory.
         """
         trained = [p for p in self.model.parameters() if p.requires_grad]
-        versions, count = sum(p._version for p in trained), sum(p.numel() for p in trained)
+        versions, count = sum(p._version for p in trained), sum(_here(p).numel() for p in trained)
         if self._versions is None:
             self._versions, self._first_resident = versions, now
-        held = sum(p.grad.nbytes for p in trained if p.grad is not None)
+        held = sum(_here(p.grad).nbytes for p in trained if p.grad is not None)
         stepped = versions != self._versions or now - held - self._first_resident >= count
-        missing = sum(p.nbytes for p in trained if p.grad is None)
+        missing = sum(_here(p).nbytes for p in trained if p.grad is None)
         return missing + (0 if stepped else ADAM_BYTES * count)
 
     def saving(self, option: Option, args: Sequence[Any]) -> AbstractContextManager[Any]:
@@ -235,7 +235,14 @@ def resident_bytes(model: nn.Module, device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     held = [*model.parameters(), *model.buffers()]
     held += [p.grad for p in model.parameters() if p.grad is not None]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+    storages = [_here(t).untyped_storage() for t in held]
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+def _here(tensor: Tensor) -> Tensor:
+    """This process' part of a sharded tensor; else itself."""
+    to_local = getattr(tensor, "to_local", None)
+    return tensor if to_local is None else to_local()
 
 
 def free_bytes(device: torch.device) -> int:

@@ -72,11 +72,9 @@ def memory_line(plan: MemoryPlan) -> str:
     """The limit, and what the step is predicted to take."""
     limit = "as little as possible" if plan.limit is None else f"at most {_bytes(plan.limit)}"
     fits = "" if plan.fits else ", which does not fit"
-    before = plan.before
-    known = before is not None and before.measured is not None
-    measured = (
-        f"; the step before took {_bytes(before.measured)} of {_bytes(before.predicted)} predicted" if known else ""
-    )
+    measured, before = "", plan.before
+    if before is not None and before.measured is not None:
+        measured = f"; the step before took {_bytes(before.measured)} of {_bytes(before.predicted)} predicted"
     return (
         f"{limit}: predicted peak {_bytes(plan.predicted)}{fits} (resident {_bytes(plan.resident)}, "
         f"working {_bytes(plan.working)}){measured}; {1000 * plan.extra_seconds:.2f} ms more a step"

@@ -36,6 +36,7 @@ class Case:
     checkpointing: bool = False
     optimize: Literal["before", "after"] = "before"
     mixed: bool = False
+    memory: str | None = None
 
 
 CASES = {
@@ -50,6 +51,10 @@ CASES = {
     "ddp, optimized after": Case("ddp", optimize="after"),
     "fsdp2, optimized after": Case("fsdp2", optimize="after"),
     "fsdp2 in bfloat16": Case("fsdp2", mixed=True),
+    "ddp, planned": Case("ddp", memory="min"),
+    "fsdp2, planned": Case("fsdp2", memory="min"),
+    "fsdp2, nf4, planned, optimized after": Case("fsdp2", "nf4", optimize="after", memory="1TB"),
+    "fsdp2, full, planned, checkpointed": Case("fsdp2", "full", checkpointing=True, memory="1TB"),
 }
 STEPS = 3
 SMALL = {"hidden_size": 64, "intermediate_size": 64}
@@ -96,14 +101,14 @@ def run(case: Case, rank: int) -> dict[str, Any]:
     if case.checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if case.optimize == "before":
-        quickly(model)
+        quickly(model, memory=case.memory)
     wrapped: nn.Module = model
     if case.engine == "ddp":
         wrapped = DistributedDataParallel(model)
     else:
         shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16 if case.mixed else None))
     if case.optimize == "after":
-        quickly(model)
+        quickly(model, memory=case.memory)
     losses, gradients = train(wrapped, rank)
     for loss in losses:
         dist.all_reduce(loss)
