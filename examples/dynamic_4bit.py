@@ -72,7 +72,7 @@ def judge(name: str, size: int, found: Tensor, original: Tensor, batches: Batche
     targets = torch.cat([inputs["input_ids"][:, 1:].cpu() for inputs in batches])
     loss = cross_entropy(found.flatten(0, 1), targets.flatten()).item()
     kl = (original.exp() * (original - found)).sum(-1).mean().item()
-    print(f"{name:22} {size / 1e3:8.1f} KB   KL {kl:8.5f}   loss {loss:.4f}")
+    print(f"{name:22} {size / 1e3:8.1f} KB   KL {kl:8.2e}   loss {loss:.4f}")
 
 
 def main() -> None:

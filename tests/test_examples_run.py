@@ -77,8 +77,8 @@ def test_a_report_answers_questions(tmp_path: Path) -> None:
 
 def test_a_plan_does_less_harm_in_the_same_bytes(tmp_path: Path) -> None:
     """Four rows: nothing is lost in 16 bits, and the plan that takes no more than NF4 everywhere is nearer than that."""
-    printed = run(tmp_path, "dynamic_4bit.py", "--steps", "30", "--layers", "1", "--measurements", "3")
-    rows = re.findall(r"^(\S.*?) +([\d.]+) KB   KL +([\d.]+) ", printed, re.MULTILINE)
+    printed = run(tmp_path, "dynamic_4bit.py", "--steps", "80", "--layers", "1", "--measurements", "3")
+    rows = re.findall(r"^(\S.*?) +([\d.]+) KB   KL +(\S+) ", printed, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["16-bit", "NF4 everywhere", "weft, as many bytes", "weft, +10% bytes"]
     (_, _, exact), (_, plain, harm), (_, same, less), (_, more, least) = rows
     assert float(exact) == 0 < float(harm)
