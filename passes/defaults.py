@@ -29,8 +29,8 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer") -> tuple[Pa
         Functionalize(),
         CommonSubexpressions(),
         FixWidths(),
+        Rules("layer_norm", (FuseLayerNorm(),)),  # before rms_norm, which would take x − mean x for its input
         Rules("rms_norm", (FuseRmsNorm(),)),
-        Rules("layer_norm", (FuseLayerNorm(),)),
         Rules("rope", (FuseRope(), FusePartialRope(), PairRope())),
         Rules("attention", (FuseAttention(),)),
         Rules("lora_linear", (FuseLoraLinear(),)),

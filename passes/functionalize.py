@@ -10,6 +10,7 @@ import torch
 from torch import fx
 
 from ..rewrite import graph as g
+from ..rewrite.change import fake_run
 from ..rewrite.driver import Outcome, Verifier
 from ..rewrite.vocabulary import is_in_place
 
@@ -74,10 +75,23 @@ def _functional(node: fx.Node) -> tuple[str, Any, dict[str, Any]] | None:
 
 
 def _make_functional(node: fx.Node) -> None:
-    found = _functional(node)
-    assert found is not None and isinstance(node.args[0], fx.Node)
+    found, target = _functional(node), node.args[0]
+    assert found is not None and isinstance(target, fx.Node)
     node.op, node.target, node.kwargs = found
-    target = node.args[0]
+    result = _in_its_dtype(node)
     target.replace_all_uses_with(
-        node, delete_user_cb=lambda user: user is not node and g.before(node, user), propagate_meta=False
+        result, delete_user_cb=lambda user: user is not node and g.before(node, user), propagate_meta=False
     )
+
+
+def _in_its_dtype(node: fx.Node) -> fx.Node:
+    """What ``node`` computed before: a write keeps the dtype of what it writes to, a sum takes that of a wider operand."""
+    dtype, computed = g.dtype_of(node), fake_run(node)
+    if computed.dtype == dtype:
+        return node
+    with node.graph.inserting_after(node):
+        cast = node.graph.call_method("to", (node, dtype))
+    cast.meta = dict(node.meta)
+    node.meta["val"] = computed
+    node.replace_all_uses_with(cast, delete_user_cb=lambda user: user is not cast, propagate_meta=False)
+    return cast

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -36,7 +37,7 @@ class FuseLinearCrossEntropy(RewriteRule):
     name = "linear_cross_entropy"
     variants = {
         "scaled": ("not", "multiplied", "divided"),
-        "capped": (False, True),
+        "capped": ("not", "divided", "multiplied"),
         "shifted": (False, True),
         "loss": ("cross_entropy", "nll"),
     }
@@ -44,12 +45,15 @@ class FuseLinearCrossEntropy(RewriteRule):
     def pattern(
         self, x: Any, w: Any, b: Any, t: Any, scale: Any, cap: Any, cap2: Any, index: Any, class_weight: Any,
         ignore_index: Any, reduction: Any, smoothing: Any,
-        *, scaled: str, capped: bool, shifted: bool, loss: str,
+        *, scaled: str, capped: str, shifted: bool, loss: str,
     ) -> Any:  # fmt: skip
         """Logits scaled and capped or not, flattened or not, sliced by one position or not."""
+        if capped == "multiplied" and scaled != "not":
+            return None  # two factors are one
         z = F.linear(x, w, b)
         z = z * scale if scaled == "multiplied" else z / scale if scaled == "divided" else z
-        z = torch.tanh(z / cap) * cap2 if capped else z
+        inner = z * cap if capped == "multiplied" else z / cap
+        z = z if capped == "not" else torch.tanh(inner) * cap2
         read = rows(z[index] if shifted else z)
         if loss == "nll":
             return F.nll_loss(F.log_softmax(read, -1), t, class_weight, None, ignore_index, None, reduction), z
@@ -63,8 +67,8 @@ class FuseLinearCrossEntropy(RewriteRule):
         constants = (m.scale, m.cap, m.cap2, m.ignore_index, m.smoothing)
         if any(isinstance(c, fx.Node) for c in constants) or m.reduction not in ("mean", "sum", "none"):
             return self.refuse(m, "an option of the loss is computed by the graph, not a constant")
-        if m.cap != m.cap2:
-            return self.refuse(m, f"the logits are divided by {m.cap} and multiplied by {m.cap2}")
+        if 0 in (m.scale, m.cap, m.cap2):
+            return self.refuse(m, "the logits are multiplied or divided by 0")
         if m.shifted and not _keeps_features(m.index):
             return self.refuse(m, f"the logits are indexed with {m.index}")
         readers = _other_readers(m)
@@ -78,19 +82,31 @@ class FuseLinearCrossEntropy(RewriteRule):
         self, m: Match, x: Any, w: Any, b: Any, t: Any, ignore_index: Any, reduction: Any, smoothing: Any, **_: Any
     ) -> Any:
         """The fused loss, and logits that are computed when they are read."""
-        scale = 1.0 if m.scale is None else float(m.scale) if m.scaled == "multiplied" else 1.0 / float(m.scale)
+        scale, cap = _scale_and_cap(m)
         read = x[m.index] if m.shifted else x
+        labels = t if len(sizes(m.t)) == 1 else t.reshape(-1)
         loss = call(
-            linear_cross_entropy, read.reshape(-1, sizes(m.x)[-1]), w, b, t, ignore_index=ignore_index,
-            label_smoothing=float(smoothing or 0.0), softcap=float(m.cap or 0.0), logit_scale=scale, reduction=reduction,
+            linear_cross_entropy, read.reshape(-1, sizes(m.x)[-1]), w, b, labels, ignore_index=ignore_index,
+            label_smoothing=float(smoothing or 0.0), softcap=cap, logit_scale=scale, reduction=reduction,
         )  # fmt: skip
         if dtype_of(m.root) != torch.float32:
             loss = loss.to(dtype_of(m.root))
         kind = dtype_of(m.outputs[1])
         if self.logits == "drop":
             return loss, call(_dropped, x, w, kind)
-        logits = call(deferred_logits, x, w, b, logit_scale=scale, softcap=float(m.cap or 0.0))
+        logits = call(deferred_logits, x, w, b, logit_scale=scale, softcap=cap)
         return loss, logits if kind == product_dtype(m.x) else logits.to(kind)
+
+
+def _scale_and_cap(m: Match) -> tuple[float, float]:
+    """s and c of c · tanh(s z / c), c = 0 without it: what is in front of tanh need not be 1/c, and is a scale then."""
+    scale = 1.0 if m.scale is None else float(m.scale) if m.scaled == "multiplied" else 1.0 / float(m.scale)
+    if m.capped == "not":
+        return scale, 0.0
+    inner = float(m.cap) if m.capped == "multiplied" else 1.0 / float(m.cap)
+    cap = float(m.cap2)
+    factor = inner * cap
+    return scale if math.isclose(factor, 1.0, rel_tol=1e-7) else scale * factor, cap
 
 
 def _dropped(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:

@@ -1,11 +1,11 @@
-"""Equations of sums, products, powers, reductions and activations."""
+"""Equations of sums, products, powers and activations."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-from .equation import Site, equation, from_the_end, is_number, op_of, same
+from .algebra_reductions import summed
+from .equation import Site, equation, from_the_end, is_number, numeric_factor, op_of, same
 from .expr import Expr, View, last_size, rank
 from .graph import sizes
 
@@ -71,6 +71,13 @@ def _opposite(v: View, x: Any, y: Any) -> tuple[Any, Any] | None:
     return (v.make("neg", x), second.args[0]) if second else None
 
 
+@equation("addcmul")
+def product_added(v: View, at: Site, x: Any, y: Any, z: Any, value: Any = 1) -> Expr | None:
+    """addcmul(x, y, z, c) = x + c·y·z"""
+    product = v.make("mul", y, z)
+    return v.make("add", x, product if value == 1 else v.make("mul", product, value), node=at.node)
+
+
 @equation("add", "sub")
 def scaled_addend(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
     """x ± alpha·y = x ± (y·alpha)"""
@@ -89,50 +96,35 @@ def square_of_itself(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     return v.make("square", x, node=at.node) if same(x, y) else None
 
 
-@equation("mul")
-def root_of_a_mean(v: View, at: Site, x: Any, y: Any) -> Expr | None:
-    """√(Σx) · c = √(mean x)  where  c² · n = 1"""
-    for root, c in ((x, y), (y, x)):
-        inner = op_of(root, "sqrt")
-        total = op_of(inner.args[0], "sum") if inner else None
-        n = _summed(total)
-        if total and n and is_number(c) and math.isclose(c * c * n, 1.0, rel_tol=1e-6):
-            return v.make("sqrt", v.make("mean", *total.args[:3], None), node=at.node)
-    return None
-
-
-@equation("mul")
-def mean_of_a_sum(v: View, at: Site, x: Any, y: Any) -> Expr | None:
-    """Σx · c = mean x  where  c · n = 1"""
-    for total, c in ((op_of(x, "sum"), y), (op_of(y, "sum"), x)):
-        n = _summed(total)
-        if total and n and is_number(c) and math.isclose(c * n, 1.0, rel_tol=1e-6):
-            return v.make("mean", *total.args[:3], None, node=at.node)
-    return None
-
-
-def _summed(total: Expr | None) -> int | None:
-    """How many numbers each result of ``total``, a sum over the last dimension, adds up; None if it is something else."""
-    if total is None or total.args[1] != -1:
-        return None
-    inner = total.args[0]
-    return last_size(inner.args[0] if inner.op == "square" and inner.node is None else inner)
-
-
 @equation("div")
 def division(v: View, at: Site, x: Any, y: Any, rounding_mode: Any = None) -> Expr | None:
-    """x / y = x · y⁻¹;  Σx / n = mean x"""
+    """x / y = x · y⁻¹;  Σx / n = mean x;  x·c / d = x · (c/d)  of two numbers"""
     if rounding_mode is not None:
         return None
     total = op_of(x, "sum")
-    if total and is_number(y) and _summed(total) == y:
+    if total and is_number(y) and summed(total) == y:
         return v.make("mean", *total.args[:3], None, node=at.node)
     root = op_of(x, "sqrt")
     if root and is_number(y) and y:
         return v.make("mul", x, 1.0 / y, node=at.node)
     if is_number(x) and x == 1:
         return v.make("reciprocal", y, node=at.node)
+    inner, c = numeric_factor(x)
+    if is_number(y) and y and c is not None:
+        return v.make("mul", inner, c / y, node=at.node)
     return v.make("mul", x, v.make("reciprocal", y), node=at.node)
+
+
+@equation("reciprocal")
+def logistic(v: View, at: Site, x: Any) -> Expr | None:
+    """1/(1 + exp −z) = σ(z)"""
+    total = op_of(x, "add")
+    for one, power in (total.args, total.args[::-1]) if total and not v.pattern else ():
+        exponent = op_of(power, "exp")
+        z = op_of(exponent.args[0], "neg") if exponent and is_number(one) and one == 1 else None
+        if z is not None:
+            return v.make("sigmoid", z.args[0], node=at.node)
+    return None
 
 
 @equation("reciprocal")
@@ -155,31 +147,6 @@ def powers(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     return v.make(name, x, node=at.node) if name else None
 
 
-@equation("mean", "sum")
-def one_dimension(v: View, at: Site, x: Any, dim: Any = None, keepdim: Any = False, dtype: Any = None) -> Expr | None:
-    """A reduction over one dimension names it from the end."""
-    return v.intern(at.op, (x, from_the_end(dim, x), keepdim), at.node)
-
-
-@equation("var", "std")
-def variance(v: View, at: Site, x: Any, dim: Any, unbiased: Any, keepdim: Any, correction: Any) -> Expr | None:
-    """var x = mean (x − mean x)²  for the biased variance"""
-    if not (unbiased is False or correction == 0) or not keepdim:
-        return None
-    dim = from_the_end(dim, x)
-    centred = v.make("sub", x, v.intern("mean", (x, dim, True)))
-    found = v.intern("mean", (v.make("square", centred), dim, True))
-    return v.make("sqrt", found, node=at.node) if at.op == "std" else found
-
-
-@equation("norm", "vector_norm")
-def euclidean_norm(v: View, at: Site, x: Any, p: Any, dim: Any, keepdim: Any, *_: Any) -> Expr | None:
-    """‖x‖ = √(Σ x²)"""
-    if p not in (2, 2.0, None, "fro") or dim is None:
-        return None
-    return v.make("sqrt", v.intern("sum", (v.make("square", x), from_the_end(dim, x), keepdim)), node=at.node)
-
-
 @equation("clamp")
 def lower_bound(v: View, at: Site, x: Any, low: Any, high: Any) -> Expr | None:
     """clamp(x, min=c) = clamp_min(x, c)"""
@@ -190,6 +157,26 @@ def lower_bound(v: View, at: Site, x: Any, low: Any, high: Any) -> Expr | None:
 def functional(v: View, at: Site, x: Any, *options: Any) -> Expr | None:
     """The value of an activation does not depend on ``inplace``."""
     return v.intern(at.op, (x, *options[:-1]), at.node)
+
+
+@equation("mul")
+def two_factors(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """(x·c)·d = x·(c·d);  x/c · d = x·(d/c)  of two numbers"""
+    for product, d in ((x, y), (y, x)):
+        inner, c = numeric_factor(product)
+        if is_number(d) and c is not None:
+            return v.make("mul", inner, c * d, node=at.node)
+    return None
+
+
+@equation("glu")
+def gated_halves(v: View, at: Site, x: Any, dim: Any) -> Expr | None:
+    """glu(x) = x[..., :h] · σ(x[..., h:])"""
+    size = last_size(x)
+    if from_the_end(dim, x) != -1 or size is None or at.node is None:
+        return None
+    first, second = (v.intern("part", (x, start, start + size // 2, 1)) for start in (0, size // 2))
+    return v.make("mul", first, v.make("sigmoid", second), node=at.node)
 
 
 @equation("mul")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from .equation import Site, equation
+from .equation import Site, equation, from_the_end, numeric_factor, op_of
 from .expr import Expr, View, last_size, rank, strip_casts
 from .graph import sizes
 from .vocabulary import bind, operation
@@ -14,10 +14,10 @@ from .vocabulary import bind, operation
 
 @equation("addmm")
 def product_and_sum(v: View, at: Site, x: Any, a: Any, b: Any, beta: Any, alpha: Any) -> Expr | None:
-    """addmm(b, x, w) = b + x·w"""
-    if beta != 1 or alpha != 1:
-        return None
-    return v.make("add", v.make("matmul", a, b), x, node=at.node)
+    """addmm(b, x, w, β, α) = β·b + α·x·w"""
+    product = v.make("matmul", a, b)
+    product = product if alpha == 1 else v.make("mul", product, alpha)
+    return v.make("add", product, x if beta == 1 else v.make("mul", x, beta), node=at.node)
 
 
 @equation("matmul")
@@ -30,6 +30,58 @@ def matrix_product(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     if v.pattern or (rank(y) == 2 and (rank(x) or 0) >= 2):
         return v.intern("linear_columns", (x, y, None), at.node)
     return None
+
+
+@equation("linear")
+def merged_adapter(v: View, at: Site, x: Any, weight: Any, bias: Any = None) -> Expr | None:
+    """x (W + s·BA)ᵀ + b = x Wᵀ + b + s·(x Aᵀ) Bᵀ  where BA has a lower rank than W"""
+    total = op_of(weight, "add") if not v.pattern else None
+    for w, update in (total.args, total.args[::-1]) if total else ():
+        low, scale = numeric_factor(update)
+        low = op_of(low, "linear_columns")
+        if low is not None and _is_low_rank(low):
+            b, a, _ = low.args
+            adapter = v.make("linear", v.make("linear", x, a, None), b, None)
+            adapter = adapter if scale is None else v.make("mul", adapter, scale)
+            return v.make("add", v.make("linear", x, w, bias), adapter, node=at.node)
+    return None
+
+
+def _is_low_rank(low: Expr) -> bool:
+    """Whether ``low``, a product of two matrices, has fewer terms than rows and than columns."""
+    b, a, bias = low.args
+    shapes = [sizes(m.node) for m in (b, a) if isinstance(m, Expr) and m.node is not None]
+    if bias is not None or [len(s) for s in shapes] != [2, 2]:
+        return False
+    rows, terms, columns = *shapes[0], shapes[1][1]
+    return all(isinstance(s, int) for s in (rows, terms, columns)) and terms < min(rows, columns)
+
+
+@equation("einsum")
+def summed_products(v: View, at: Site, equation: Any, operands: Any) -> Expr | None:
+    """…k, ok → …o is a linear;  …k, ko → …o one of a weight by columns;  …k, …k → … is Σ x·y"""
+    terms = _terms(equation) if len(operands) == 2 else None
+    if terms is None or not all(isinstance(x, Expr) for x in operands):
+        return None
+    (x, y), (first, second, result) = operands, terms
+    lead, k = first[:-1], first[-1:]
+    if first == second and result == lead and k not in lead:
+        return v.make("sum", v.make("mul", x, y), -1, False, None, node=at.node)
+    out = result[-1:]
+    if len(set(first + out)) != len(first) + 1 or result[:-1] != lead or len(second) != 2:
+        return None
+    if second == out + k:
+        return v.make("linear", x, y, None, node=at.node)
+    return v.intern("linear_columns", (x, y, None), at.node) if second == k + out else None
+
+
+def _terms(equation: Any) -> tuple[str, str, str] | None:
+    """The letters of both operands and of the result, with one sign for all dimensions that an ellipsis stands for."""
+    if not isinstance(equation, str):
+        return None
+    operands, arrow, result = equation.replace(" ", "").replace("...", "…").partition("->")
+    first, comma, second = operands.partition(",")
+    return (first, second, result) if arrow and comma and first and result + second else None
 
 
 @equation("view")
@@ -92,17 +144,36 @@ def packed_bytes(v: View, at: Site, x: Any, weight: Any, *storage: Any) -> Expr 
     return v.intern("gemm_4bit", (x, weight, *storage), at.node)
 
 
+@equation("log_softmax")
+def probabilities_of_one_dimension(v: View, at: Site, x: Any, dim: Any, *options: Any) -> Expr | None:
+    """A softmax names its dimension from the end; the dtype that it computes in is a cast."""
+    return v.make("log_softmax", x, from_the_end(dim, x), node=at.node) if options else None
+
+
 @equation("cross_entropy", "log_softmax")
 def over_rows(v: View, at: Site, x: Any, *options: Any) -> Expr | None:
-    """A loss over classes reads rows, whether or not its input was flattened to rows for it."""
+    """A loss over classes reads rows, whether or not its input was flattened to rows, or classes put first, for it."""
     if not isinstance(x, Expr) or x.op == "rows" or v.pattern:
         return None
     inner = strip_casts(x, only_widening=False)
+    if rank(x) == 3 and at.op == "cross_entropy" and inner.op == "transposed":
+        return v.intern(at.op, (v.intern("rows", inner.args, inner.node), *options), at.node)
     flat = inner.args[0] if inner.op in ("view", "flatten") and _keeps_last(inner) else inner
-    dims = rank(x)
-    if dims != 2 or not isinstance(flat, Expr):
+    if rank(x) != 2 or not isinstance(flat, Expr):
         return None
     return v.intern(at.op, (v.intern("rows", (flat,), inner.node), *options), at.node)
+
+
+@equation("view", "flatten")
+def rows_of_log_probabilities(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
+    """log_softmax(x) flattened to rows is the log_softmax of rows."""
+    inner = op_of(x, "log_softmax")
+    if inner is None or inner.args[1] != -1 or at.node is None or not isinstance(inner.args[0], Expr):
+        return None
+    before, after = sizes(x.node) if x.node is not None else (), sizes(at.node)
+    if len(after) != 2 or len(before) < 3 or before[-1] != after[-1]:
+        return None
+    return v.intern("log_softmax", (v.intern("rows", inner.args[:1]), -1), at.node)
 
 
 def _keeps_last(x: Expr) -> bool:

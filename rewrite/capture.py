@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from . import graph as g
 from .blocks import BlockGraph, StepMemory
 from .driver import Verifier
+from .errors import first_line
 from .joint import JointGraph, unseen
 from .lower import has_checkpoint, lower
 from .pipeline import Pass, run_pipeline
@@ -185,12 +186,6 @@ def _copy(graph: fx.Graph) -> fx.Graph:
     output = copied.graph_copy(graph, {})
     copied.output(output)
     return copied
-
-
-def first_line(error: BaseException) -> str:
-    """What ``error`` says, in one line."""
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
 def annotate(module: fx.GraphModule) -> None:

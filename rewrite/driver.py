@@ -127,10 +127,21 @@ def _matches(rule: RewriteRule, view: View, node: fx.Node, miss: Miss) -> Iterat
                 match.outputs = (_through_casts(node), *match.outputs[1:])
             if not rule.accepts(match):
                 continue
-            match.nodes = g.backward_slice(match.outputs, match.inputs())
+            match.nodes = _computing(match)
             inputs = [view.of(i) for i in match.inputs()]
             match.handed_on = frozenset(n for n in match.nodes if any(view.of(n) is i for i in inputs))
             yield match
+
+
+def _computing(match: Match) -> list[fx.Node]:
+    """The nodes that compute the match from its inputs.
+
+    Where an equation looks into a reduction, as in std x = √mean (x − mean x)², its node reads what an input is made of.
+    That stays outside: else all that comes before would be part of the match.
+    """
+    nodes = g.backward_slice(match.outputs, match.inputs())
+    above = set(g.backward_slice(match.inputs(), ()))
+    return nodes if above.isdisjoint(nodes) else g.backward_slice(match.outputs, above | set(match.inputs()))
 
 
 def _repeats(view: View, node: fx.Node, target: Expr) -> bool:

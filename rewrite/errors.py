@@ -55,3 +55,9 @@ class PatternError(WeftError, ValueError):
 
 class VerificationError(WeftError, AssertionError):
     """A graph broke an invariant (lint, shapes, dtypes) that no later pass could repair."""
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, in one line."""
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"

@@ -179,12 +179,20 @@ def storage_roots(node: fx.Node) -> set[fx.Node]:
     roots, pending = {node}, [node]
     while pending:
         current = pending.pop()
-        if current.op in ("call_function", "call_method") and (operation(current) in VIEWS or is_in_place(current)):
+        if current.op in ("call_function", "call_method") and _may_alias(current):
             for parent in current.all_input_nodes:
                 if parent not in roots:
                     roots.add(parent)
                     pending.append(parent)
     return roots
+
+
+def _may_alias(node: fx.Node) -> bool:
+    """Whether ``node`` may return memory of an input: a view, a write in place, a conversion that need not convert."""
+    if operation(node) == "cast" and isinstance(node.args[0], fx.Node):
+        before, after = dtype_of(node.args[0]), dtype_of(node)
+        return before is None or after is None or before == after
+    return operation(node) in VIEWS or is_in_place(node)
 
 
 def overwritten(node: fx.Node) -> set[fx.Node]:

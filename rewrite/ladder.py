@@ -11,7 +11,8 @@ from typing import Any
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from .capture import Session, first_line
+from .capture import Session
+from .errors import first_line
 from .regions import Site, has_forward
 from .report import GraphRecord, RegionRecord, join
 from .trace import PLAIN, Traced, state, trace

@@ -17,6 +17,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from . import graph as g
 from .change import Change
+from .errors import first_line
 from .exact import Float64, upcast
 from .vocabulary import operation, target_name
 
@@ -53,10 +54,13 @@ class Replayer:
         old = g.copy_nodes([*derived, *change.old], boundary, [o for o, _ in outputs], module)
         new = g.copy_nodes([*derived, *change.new], boundary, [o for _, o in outputs], module)
         tracked = any(g.requires_grad(o) for o in change.old_outputs)
-        try:
-            return self._judge(old, new, self._examples(boundary, LONGEST), tracked)
-        except (RuntimeError, ZeroDivisionError):  # sizes that follow from others, by division say, fit these alone
-            return self._judge(old, new, self._examples(boundary, None), tracked)
+        problem = ""
+        for longest in (LONGEST, None):  # sizes that follow from others, by division say, fit the traced ones alone
+            try:
+                return self._judge(old, new, self._examples(boundary, longest), tracked)
+            except Exception as error:  # what does not run proves nothing, and stays as it was written
+                problem = first_line(error)
+        return None, f"replay: it does not run by itself: {problem}"
 
     def _examples(self, boundary: list[fx.Node], longest: int | None) -> list[Any]:
         generator = torch.Generator().manual_seed(0)

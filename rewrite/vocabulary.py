@@ -22,6 +22,7 @@ sub(x, y, alpha=1)                                                           | i
 rsub(x, y, alpha=1)                                                          | __rsub__
 mul(x, y)                                                                    | imul mul_ multiply
 div(x, y, rounding_mode=None)                                                | truediv itruediv div_ divide true_divide
+addcmul(x, y, z, value=1)                                                    | addcmul_
 neg(x)                                                                       | negative
 pow(x, y)                                                                    | pow_ ipow
 square(x)                                                                    |
@@ -35,6 +36,7 @@ sigmoid(x)                                                                   | e
 relu(x, inplace=False)                                                       | relu_
 silu(x, inplace=False)                                                       | silu_ swish
 gelu(x, approximate='none')                                                  |
+glu(x, dim=-1)                                                               |
 clamp(x, min=None, max=None)                                                 | clip clamp_
 clamp_min(x, min)                                                            | clamp_min_
 maximum(x, y)                                                                |
@@ -42,6 +44,8 @@ mean(x, dim=None, keepdim=False, dtype=None)                                 |
 sum(x, dim=None, keepdim=False, dtype=None)                                  |
 var(x, dim=None, unbiased=None, keepdim=False, correction=None)              |
 std(x, dim=None, unbiased=None, keepdim=False, correction=None)              |
+var_mean(x, dim=None, unbiased=None, keepdim=False, correction=None)         |
+std_mean(x, dim=None, unbiased=None, keepdim=False, correction=None)         |
 norm(x, p=2, dim=None, keepdim=False, out=None, dtype=None)                  |
 vector_norm(x, ord=2, dim=None, keepdim=False, dtype=None, out=None)         | linalg_vector_norm
 normalize(x, p=2.0, dim=1, eps=1e-12, out=None)                              |

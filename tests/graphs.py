@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from bitsandbytes.functional import QuantState, dequantize_4bit, dequantize_blockwise
 from hypothesis import HealthCheck, settings
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
@@ -48,7 +49,7 @@ def trace(function: Callable[..., Any], inputs: Inputs, *, dynamic: bool = False
     module = fx.GraphModule(torch.nn.Module(), fx.Tracer().trace(function))
     mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
     fakes = [_fake(mode, t) if isinstance(t, Tensor) else t for t in inputs.values()]
-    with mode:
+    with mode, enable_python_dispatcher():  # composite operators take symbolic sizes only through it
         _Recorder(module).run(*fakes)
     return module
 

@@ -144,3 +144,17 @@ def test_equal_operations_become_one_unless_random_or_in_another_mode() -> None:
 def record_mode(x: Any, mode: bool) -> None:
     """Record a switch of gradient mode."""
     x.tracer.create_proxy("call_function", torch._C._set_grad_enabled, (mode,), {})
+
+
+@pytest.mark.parametrize(
+    "write", [lambda h, y: h.mul_(y), lambda h, y: record(operator.iadd, h, y)], ids=["mul_", "+="]
+)
+def test_a_wider_operand_is_written_into_the_dtype_there(write: Callable[[Any, Any], Any]) -> None:
+    """bfloat16 *= float32 stays bfloat16; bfloat16 * float32 would not."""
+    given = {"x": normal(0, 3, 4, dtype=torch.bfloat16, grad=True), "y": normal(1, 3, 4)}
+    module = trace(lambda x, y: write(x * 2, y) + 1, given)
+    original = copied(module)
+    Functionalize().run(module, None)
+    module.recompile()
+    found, wanted = module(*given.values()), original(*given.values())
+    assert found.dtype == wanted.dtype == torch.bfloat16 and torch.equal(found, wanted)

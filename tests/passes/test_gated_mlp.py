@@ -22,6 +22,7 @@ ACTIVATIONS = {
     "silu": F.silu,
     "silu, keyword": lambda g: F.silu(g, inplace=False),
     "silu, by hand": lambda g: g * torch.sigmoid(g),
+    "silu, by exp": lambda g: g / (1 + torch.exp(-g)),
     "silu, by hand, turned": lambda g: F.sigmoid(g) * g,
     "silu, in place": lambda g: F.silu(g * 1.0, inplace=True),
     "gelu": F.gelu,

@@ -30,6 +30,8 @@ CAPPED = {
     "not": lambda z: z,
     "at 2": lambda z: torch.tanh(z / 2.0) * 2.0,
     "at 3": lambda z: 3.0 * (z / 3.0).tanh(),
+    "by a factor": lambda z: 3.0 * torch.tanh(z * (1 / 3.0)),
+    "and scaled": lambda z: torch.tanh(z / 2.0) * 3.0,
 }
 SHIFTED = {
     "flat": lambda z, t: (z.view(-1, CLASSES), t.view(-1)),
@@ -132,11 +134,10 @@ NEAR = {
     "classes chosen": lambda x, w, t, k: F.cross_entropy(F.linear(x, w)[..., :5].reshape(-1, 5), t.view(-1) % 5),
     "weighted classes": lambda x, w, t, k: F.cross_entropy(F.linear(x, w).view(-1, CLASSES), t.view(-1), weight=k),
     "probabilities": lambda x, w, t, k: F.cross_entropy(F.linear(x, w)[0], torch.softmax(x @ w.t(), -1)[0].detach()),
-    "capped unevenly": lambda x, w, t, k: F.cross_entropy(
-        (torch.tanh(F.linear(x, w) / 2.0) * 3.0).view(-1, CLASSES), t.view(-1)
-    ),
     "scaled by a tensor": lambda x, w, t, k: F.cross_entropy((F.linear(x, w) * k).view(-1, CLASSES), t.view(-1)),
-    "classes in the middle": lambda x, w, t, k: F.cross_entropy(F.linear(x, w).transpose(1, 2), t),
+    "classes in the middle, one loss a label": lambda x, w, t, k: F.cross_entropy(
+        F.linear(x, w).transpose(1, 2), t, reduction="none"
+    ),
     "rows and classes mixed": lambda x, w, t, k: F.cross_entropy(
         F.linear(x, w).view(-1, 5), t.repeat(2, 1).view(-1) % 5
     ),
@@ -154,6 +155,25 @@ def test_near_misses_are_left_alone(name: str) -> None:
     inputs = {"x": normal(0, 2, 3, HIDDEN, grad=True), "w": normal(1, CLASSES, HIDDEN, grad=True)}
     inputs |= {"t": torch.arange(6).view(2, 3), "k": normal(2, CLASSES).abs() + 1}
     check(NEAR[name], inputs, RULES, count=0, terms=8 * CLASSES)
+
+
+MATRICES = {
+    "classes in the middle": lambda x, w, t: F.cross_entropy(F.linear(x, w).transpose(1, 2), t),
+    "of a part, summed": lambda x, w, t: F.cross_entropy(F.linear(x, w)[:, :-1].mT, t[:, 1:], reduction="sum"),
+    "capped unevenly": lambda x, w, t: F.cross_entropy(
+        (torch.tanh(F.linear(x, w) / 2.0) * 3.0).view(-1, CLASSES), t.view(-1)
+    ),
+    "log-softmax before the rows": lambda x, w, t: F.nll_loss(
+        F.linear(x, w).log_softmax(-1, dtype=torch.float32).reshape(-1, CLASSES), t.view(-1), reduction="sum"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", MATRICES)
+def test_spellings_that_reorder_or_rescale(name: str) -> None:
+    inputs = {"x": normal(0, 2, 3, HIDDEN, grad=True), "w": normal(1, CLASSES, HIDDEN, grad=True)}
+    inputs["t"] = torch.tensor([[3, 1, -100], [1, 5, 9]])
+    check(MATRICES[name], inputs, RULES, count=1, terms=8 * CLASSES, verify=True)
 
 
 def shifted(x: Any, w: Any, t: Any) -> Any:

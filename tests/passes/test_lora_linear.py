@@ -123,7 +123,7 @@ NEAR = {
     "subtracted": lambda x, w, a, b, s: F.linear(x, w) - F.linear(F.linear(x, a), b),
     "activated between": lambda x, w, a, b, s: F.linear(x, w) + F.linear(F.relu(F.linear(x, a)), b),
     "one product": lambda x, w, a, b, s: F.linear(x, w) + F.linear(x, w),
-    "weights merged": lambda x, w, a, b, s: F.linear(x, w + b @ a),
+    "a merged update of full rank": lambda x, w, a, b, s: F.linear(x, w + w @ (a.T @ a)),
     "broadcast": lambda x, w, a, b, s: F.linear(x[:1], w) * 1.0 + F.linear(F.linear(x, a), b),
 }
 
@@ -135,6 +135,39 @@ def test_near_misses_are_left_alone(name: str) -> None:
     _, outcome = check(NEAR[name], inputs, RULES, count=0, terms=4 * IN)
     assert name != "a scale of another dtype" or "dtype" in outcome.refusals[0].reason
     assert name != "broadcast" or "broadcast" in outcome.refusals[0].reason
+
+
+MERGED = {
+    "W + BA": lambda x, w, a, b, c: F.linear(x, w + b @ a, c),
+    "W + sBA": lambda x, w, a, b, c: F.linear(x, w + 0.5 * (b @ a), c),
+    "BA/d·s + W": lambda x, w, a, b, c: torch.matmul(x, ((b @ a) / 4 * 2 + w).t()) + c,
+    "einsum": lambda x, w, a, b, c: torch.einsum("...i,oi->...o", x, w + (b @ a) * 2),
+}
+"""The adapter is added to the weight, whose copy is then multiplied with x."""
+
+
+@pytest.mark.parametrize("name", MERGED)
+def test_adapters_merged_in_the_graph(name: str) -> None:
+    inputs = {"x": normal(0, 2, 3, IN, grad=True), "w": normal(1, OUT, IN), "a": normal(2, RANK, IN, grad=True)}
+    inputs |= {"b": normal(3, OUT, RANK, grad=True), "c": normal(4, OUT)}
+    module, _ = check(MERGED[name], inputs, RULES, count=1, terms=4 * IN, verify=True)
+    assert "linear" not in targets(module) and "matmul" not in targets(module), module.graph
+
+
+EINSUMS = {
+    "named": lambda t, m: torch.einsum("bti,oi->bto", t, m),
+    "an ellipsis": lambda t, m: torch.einsum("... i, o i -> ... o", t, m),
+    "columns": lambda t, m: torch.einsum("bti,io->bto", t, m.t()),
+}
+
+
+@pytest.mark.parametrize("name", EINSUMS)
+def test_products_by_einsum(name: str) -> None:
+    product = EINSUMS[name]
+    inputs = {"x": normal(0, 2, 3, IN, grad=True), "w": normal(1, OUT, IN), "a": normal(2, RANK, IN, grad=True)}
+    inputs |= {"b": normal(3, OUT, RANK, grad=True)}
+    linear = lambda x, w, a, b: product(x, w) + 0.5 * product(product(x, a), b)  # noqa: E731
+    check(linear, inputs, RULES, count=1, terms=4 * IN, verify=True)
 
 
 def test_batched_factors_are_refused() -> None:

@@ -29,6 +29,10 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x, y: x - (-y), lambda x, y: x + y),
         (lambda x, y: (-y) + x, lambda x, y: x - y),
     ],
+    "product_added": [
+        (lambda x, y: torch.addcmul(x, x, y), lambda x, y: x + x * y),
+        (lambda x, y: torch.addcmul(x, x, y, value=0.5), lambda x, y: x + (x * y) * 0.5),
+    ],
     "scaled_addend": [
         (lambda x, y: torch.add(x, y, alpha=3), lambda x, y: x + y * 3),
         (lambda x, y: torch.sub(x, y, alpha=0.5), lambda x, y: x - y * 0.5),
@@ -51,7 +55,14 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x: x.sum(-1, True) / 6, lambda x: x.mean(-1, True)),
         (lambda x: (x * x).sum(-1, True).sqrt() / 6**0.5, lambda x: (x * x).mean(-1, True).sqrt()),
         (lambda x: 1 / x, lambda x: torch.reciprocal(x)),
+        (lambda x: x * 6 / 4, lambda x: x * 1.5),
     ],
+    "two_factors": [(lambda x: x / 8 * 4, lambda x: x * 0.5), (lambda x: 2 * (x * 1.5), lambda x: x * 3.0)],
+    "logistic": [
+        (lambda x: 1 / (1 + torch.exp(-x)), lambda x: x.sigmoid()),
+        (lambda x, y: y / ((-x).exp() + 1.0), lambda x, y: y * torch.sigmoid(x)),
+    ],
+    "gated_halves": [(lambda x: F.glu(x, -1), lambda x: x[..., :3] * x.chunk(2, -1)[1].sigmoid())],
     "reciprocal_of_a_root": [
         (lambda x: 1 / (x * x).sqrt(), lambda x: torch.rsqrt(x * x)),
         (lambda x: 1 / torch.rsqrt(x * x), lambda x: torch.sqrt(x * x)),
@@ -70,6 +81,23 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "variance": [
         (lambda x: x.var(-1, unbiased=False, keepdim=True), lambda x: (x - x.mean(-1, True)).pow(2).mean(-1, True)),
         (lambda x: torch.std(x, -1, correction=0, keepdim=True), lambda x: x.var(2, correction=0, keepdim=True).sqrt()),
+        (lambda x: x.var(-1, correction=0), lambda x: (x - x.mean(-1, True)).square().mean(-1)),
+    ],
+    "centred_again": [
+        (lambda x: (x - x.mean(-1, True)) - (x - x.mean(-1, True)).mean(-1, True), lambda x: x - x.mean(-1, True)),
+    ],
+    "variance_from_moments": [
+        (lambda x: (x * x).mean(-1, True) - x.mean(-1, True) ** 2, lambda x: x.var(-1, correction=0, keepdim=True)),
+    ],
+    "one_of_two_moments": [
+        (lambda x: torch.var_mean(x, -1, unbiased=False, keepdim=True)[0], lambda x: x.var(-1, False, True)),
+        (lambda x: torch.std_mean(x, dim=-1, correction=0)[0], lambda x: x.std(-1, correction=0)),
+        (lambda x: torch.var_mean(x, dim=-1)[1], lambda x: x.mean(-1)),
+    ],
+    "dimension_put_back": [
+        (lambda x: (x * x).mean(-1).unsqueeze(-1), lambda x: (x * x).mean(-1, True)),
+        (lambda x: torch.rsqrt(x.square().mean(-1) + 1e-3)[..., None], lambda x: (x.square().mean(-1, True) + 1e-3).rsqrt()),
+        (lambda x: (x * x).sum(-1).sqrt()[:, :, None], lambda x: x.square().sum(-1, True).sqrt()),
     ],
     "euclidean_norm": [
         (lambda x: x.norm(2, dim=-1, keepdim=True), lambda x: (x * x).sum(-1, True).sqrt()),
@@ -98,7 +126,25 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "selected": [(lambda x: x.view(2, 3, 3, 2).select(-1, 0), lambda x: x[..., ::2])],
     "narrowed": [(lambda x: x.narrow(-1, 2, 3), lambda x: x[..., 2:5])],
     "joined": [(lambda x, y: torch.cat((x, y), 2), lambda x, y: torch.cat([x, y], dim=-1))],
-    "product_and_sum": [(lambda m, w, b: torch.addmm(b, m, w.T), lambda m, w, b: F.linear(m, w, b))],
+    "product_and_sum": [
+        (lambda m, w, b: torch.addmm(b, m, w.T), lambda m, w, b: F.linear(m, w, b)),
+        (lambda m, w, b: torch.addmm(b, m, w.T, beta=2, alpha=0.5), lambda m, w, b: F.linear(m, w) * 0.5 + b * 2),
+    ],
+    "merged_adapter": [
+        (
+            lambda x, s, b, p, q: F.linear(x, s + 0.5 * (q @ p), b),
+            lambda x, s, b, p, q: F.linear(x, s, b) + F.linear(F.linear(x, p), q) * 0.5,
+        ),
+        (
+            lambda x, s, p, q: x @ (q @ p + s).T,
+            lambda x, s, p, q: F.linear(x, s) + F.linear(F.linear(x, p), q),
+        ),
+    ],
+    "summed_products": [
+        (lambda x, w: torch.einsum("bti,oi->bto", x, w), lambda x, w: F.linear(x, w)),
+        (lambda x, v: torch.einsum("...i, io -> ...o", x, v), lambda x, v: x @ v),
+        (lambda x, y: torch.einsum("...d,...d->...", x, y), lambda x, y: (x * y).sum(-1)),
+    ],
     "functional": [(lambda x: F.silu(x.clone(), inplace=False), lambda x: F.silu(x))],
     "sigmoid_times_itself": [(lambda x: x * torch.sigmoid(x), lambda x: F.silu(x)), (lambda x: x.sigmoid() * x, F.silu)],
     "matrix_product": [
@@ -111,6 +157,16 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     ],
     "over_rows": [
         (lambda x: F.log_softmax(x.view(-1, 6), -1), lambda x: F.log_softmax(x.flatten(0, 1), dim=-1)),
+        (
+            lambda x, t: F.cross_entropy(x.transpose(1, 2), t, reduction="sum"),
+            lambda x, t: F.cross_entropy(x.mT, t, reduction="sum"),
+        ),
+    ],
+    "rows_of_log_probabilities": [
+        (lambda x: F.log_softmax(x, -1).reshape(-1, 6), lambda x: F.log_softmax(x.view(-1, 6), -1)),
+    ],
+    "probabilities_of_one_dimension": [
+        (lambda x: torch.log_softmax(x, 1), lambda x: F.log_softmax(x, dim=-2)),
     ],
 }  # fmt: skip
 """By the name of the equation, two spellings of one value each."""
@@ -126,9 +182,10 @@ ELSEWHERE = {
 
 INPUTS: dict[str, Tensor] = {
     "x": normal(0, 2, 3, 6), "y": normal(1, 2, 3, 6), "w": normal(2, 4, 6), "v": normal(3, 6, 4), "b": normal(4, 4),
-    "m": normal(5, 3, 6),
+    "m": normal(5, 3, 6), "s": normal(6, 4, 6), "p": normal(7, 2, 6), "q": normal(8, 4, 2),
+    "t": torch.tensor([[1, 0, 5], [2, -100, 3]]),
 }  # fmt: skip
-NAMED = {name: value.double() for name, value in INPUTS.items()}
+NAMED = {name: value.double() if value.is_floating_point() else value for name, value in INPUTS.items()}
 
 
 class _Valued(fx.Interpreter):
@@ -147,7 +204,7 @@ class _Valued(fx.Interpreter):
 MEANINGS: dict[str, Callable[..., Any]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "neg": torch.neg, "square": torch.square,
     "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": lambda x: 1 / x, "clamp_min": torch.clamp_min,
-    "relu": torch.relu, "silu": F.silu, "maximum": torch.maximum, "linear": F.linear,
+    "relu": torch.relu, "silu": F.silu, "maximum": torch.maximum, "linear": F.linear, "sigmoid": torch.sigmoid,
     "transposed": lambda x: x.transpose(-1, -2),
     "mean": lambda x, dim=None, keepdim=False, *_: x.mean() if dim is None else x.mean(dim, keepdim),
     "sum": lambda x, dim=None, keepdim=False, *_: x.sum() if dim is None else x.sum(dim, keepdim),
@@ -265,7 +322,16 @@ NEAR: dict[str, Callable[..., Any]] = {
     "a bias for each row": lambda m, w: F.linear(m, w) + m[:, :1],
     "a scaled bias": lambda m, w, b: torch.add(F.linear(m, w), b, alpha=2),
     "a bias of another size": lambda m, w: F.linear(m, w[:1]) + w[:, 0],
-    "a scaled product and sum": lambda m, w, b: torch.addmm(b, m, w.T, beta=2, alpha=0.5),
+    "a merged update of full rank": lambda x, s, w, v: F.linear(x, s + w @ v @ w),
+    "a merged update taken off": lambda x, s, p, q: F.linear(x, s - q @ p),
+    "another order of letters": lambda x, w: torch.einsum("bti,oi->tbo", x, w) + torch.einsum("bti,ci->tbc", x, w),
+    "a contraction in front": lambda x, y: torch.einsum("btd,btd->d", x, y) + torch.einsum("btd,bsd->bts", x, y).sum(),
+    "moments of others": lambda x, y: (x * x).mean(-1, True) - y.mean(-1, True) ** 2,
+    "moments without the dimension": lambda x: (x * x).mean(-1) - x.mean(-1) ** 2,
+    "another mean taken off": lambda x, y: (x - y.mean(-1, True)) - (x - y.mean(-1, True)).mean(-1, True),
+    "dimensions put back elsewhere": lambda x: x.mean(-1)[:, None].sum() + x.mean(1)[..., None] + x.mean()[None],
+    "halves of another dimension": lambda x: F.glu(x.transpose(1, 2), 1) + F.glu(x.mT, -2),
+    "no logistic": lambda x: 1 / (1 + torch.exp(x)) + 1 / (2 + torch.exp(-x)),
     "a sum over another count": lambda x: x.sum(-1, True) / 5,
     "a sum over two dimensions": lambda x: x.sum((1, 2), True) / 6,
     "a sum over another dimension": lambda x: x.sum(1, True) * (1 / 6),

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from weft.rewrite.match import Match
 from weft.rewrite.pipeline import Rules
@@ -70,6 +71,13 @@ def infinite_where_large(x: Tensor) -> Tensor:
     return torch.sin(x * x) + torch.exp(x * 1e4) * 0
 
 
+def missing(x: Tensor) -> Tensor:
+    """Knows what it would return, and cannot compute it."""
+    if not isinstance(x, FakeTensor):
+        raise NotImplementedError("no kernel for this device\nand nothing else")
+    return torch.sin(x * x)
+
+
 REPLACEMENTS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "right": (sine_of_square, ""),
     "right, with a gradient of its own": (right_gradient, ""),
@@ -79,6 +87,7 @@ REPLACEMENTS: dict[str, tuple[Callable[..., Tensor], str]] = {
     "lost gradient": (lost_gradient, "gradient 0 has no gradient"),
     "not a number": (not_a_number, "output 0 is off by nan"),
     "infinite": (infinite_where_large, "output 0 is off by nan"),
+    "does not run": (missing, "it does not run by itself: NotImplementedError: no kernel for this device"),
     "less exact": (in_half, "output 0 is off by"),
 }
 
