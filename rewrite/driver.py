@@ -139,9 +139,13 @@ def _computing(match: Match) -> list[fx.Node]:
     Where an equation looks into a reduction, as in std x = √mean (x − mean x)², its node reads what an input is made of.
     That stays outside: else all that comes before would be part of the match.
     """
-    nodes = g.backward_slice(match.outputs, match.inputs())
-    above = set(g.backward_slice(match.inputs(), ()))
-    return nodes if above.isdisjoint(nodes) else g.backward_slice(match.outputs, above | set(match.inputs()))
+    inputs = match.inputs()
+    nodes, above, reached = g.backward_slice(match.outputs, inputs), set(g.backward_slice(inputs, ())), set(inputs)
+    for node in nodes:
+        if not reached.isdisjoint(node.all_input_nodes):
+            reached.add(node)
+    beyond = above.intersection(nodes) - reached
+    return g.backward_slice(match.outputs, beyond.union(inputs)) if beyond else nodes
 
 
 def _repeats(view: View, node: fx.Node, target: Expr) -> bool:

@@ -154,6 +154,19 @@ def test_adapters_merged_in_the_graph(name: str) -> None:
     assert "linear" not in targets(module) and "matmul" not in targets(module), module.graph
 
 
+def test_two_adapters_that_share_a_factor() -> None:
+    """What the second adapter is added to is computed from the product that both read."""
+
+    def linear(x: Any, w: Any, a: Any, b: Any, d: Any) -> Any:
+        low = F.linear(x, a)
+        return F.linear(x, w) + F.linear(low, b) * 0.5 + F.linear(low, d) * 2
+
+    inputs = {"x": normal(0, 2, 3, IN, grad=True), "w": normal(1, OUT, IN), "a": normal(2, RANK, IN, grad=True)}
+    inputs |= {"b": normal(3, OUT, RANK, grad=True), "d": normal(4, OUT, RANK, grad=True)}
+    module, _ = check(linear, inputs, RULES, count=2, terms=4 * IN, verify=True)
+    assert targets(module) == ["lora_linear", "lora_update"]
+
+
 EINSUMS = {
     "named": lambda t, m: torch.einsum("bti,oi->bto", t, m),
     "an ellipsis": lambda t, m: torch.einsum("... i, o i -> ... o", t, m),
