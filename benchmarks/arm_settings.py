@@ -2,7 +2,8 @@
 library must be imported first can be chosen before.
 
 ``hf`` (transformers + PEFT), ``regional`` (each decoder layer under ``torch.compile``), ``compile`` (the whole model),
-``weft``, ``unsloth``, ``liger``; with ``_nf4`` over a 4-bit base.
+``weft``, ``weft_fp8`` (the same with products of frozen weights in FP8), ``unsloth``, ``liger``; with ``_nf4`` over a
+4-bit base.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-ARMS = ("hf", "regional", "compile", "weft", "unsloth", "liger")
+ARMS = ("hf", "regional", "compile", "weft", "weft_fp8", "unsloth", "liger")
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama8b": ("LlamaConfig", {
@@ -74,8 +75,13 @@ class Setting:
 
     @property
     def base(self) -> str:
-        """The arm without its number format."""
-        return self.arm.removesuffix("_nf4")
+        """The arm without its number formats."""
+        return self.arm.removesuffix("_nf4").removesuffix("_fp8")
+
+    @property
+    def fp8(self) -> bool:
+        """Whether products of frozen weights run in FP8."""
+        return self.arm.removesuffix("_nf4").endswith("_fp8")
 
     @property
     def nf4(self) -> bool:

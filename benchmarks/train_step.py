@@ -3,6 +3,8 @@
     python -m benchmarks.train_step --arm weft                     one arm, in this process; prints RESULT and JSON
     python -m benchmarks.train_step --interleave hf regional weft --out train.json [--rounds 2]
                                                                    several in turn, each in a process of its own
+    python -m benchmarks.train_step --interleave weft weft_fp8 --out fp8.json --rounds 2
+                                                                   what products in FP8 buy, and what they cost the loss
 
 Options of both: --batch --length --steps --checkpointing --shape --layers --no-verify (see --help). Peers that are not
 installed are listed as such. The loss of every step and the adapters' gradient norm in the first one show that all arms

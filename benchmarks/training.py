@@ -38,10 +38,11 @@ def run_arm(setting: Setting) -> dict[str, Any]:
 def _optimize(model: Any, setting: Setting) -> dict[str, Any]:
     """In the same autocast as the training, so that the examples capture the graphs that the training runs."""
     from weft import optimize
+    from weft.passes.defaults import default_passes
 
-    started = time.perf_counter()
+    started, passes = time.perf_counter(), default_passes("train", products="fp8" if setting.fp8 else "stored")
     with _autocast():
-        optimize(model, mode="train", verify=setting.verify, memory=setting.memory or None)
+        optimize(model, mode="train", verify=setting.verify, memory=setting.memory or None, passes=passes)
     _wait()
     return {"optimize_s": round(time.perf_counter() - started, 3)}
 
@@ -53,7 +54,7 @@ def _report(model: Any) -> dict[str, Any]:
         "rewrites": dict(Counter(r.rule for r in report.rewrites)),
         "refusals": dict(Counter(f"{r.rule}: {r.reason}" for r in report.refusals)),
         "graphs": len(report.graphs),
-        "notes": report.notes[:10],
+        "notes": report.remarks[:10],
         "memory": _memory(report.memory),
     }
 

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 from ..quant.layout import Layout
-from . import split, widened
+from . import fp8, split, widened
 from .dispatch import shaped
-from .quant_linear import dense, product
+from .quant_linear import dense, product, x_gradient
 
 CHUNK = 2**24
 """Elements of a product in another dtype than its sum that are computed before they are rounded into it."""
@@ -111,15 +111,16 @@ def forward(x: Tensor, linears: list[Linear], dtype: torch.dtype) -> tuple[list[
 
 
 def _outputs(rows: Tensor, linears: list[Linear], ts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
-    """y of each linear from its t."""
-    layouts = [linear.layout for linear in linears if linear.b is not None]
+    """y of each linear from its t; x is widened once for all linears that want it so, and quantized once."""
+    layouts = [linear.layout for linear in linears if linear.b is not None and not linear.layout.fp8]
     beside = widened.Widened(rows) if widened.serves(rows, layouts, dtype) else None
+    quantized = fp8.quantize_rows(rows) if any(fp8.serves(rows, linear.layout) for linear in linears) else None
     ys = []
     for linear, t in zip(linears, ts, strict=True):
-        if beside is not None and linear.b is not None and linear.layout.is_4bit:
+        if beside is not None and linear.b is not None and linear.layout.is_4bit and not linear.layout.fp8:
             ys.append(beside.product(linear.weight, linear.layout, linear.bias, t, linear.b, linear.scale))
             continue
-        ys.append(product(rows, linear.weight, linear.layout, linear.bias))
+        ys.append(product(rows, linear.weight, linear.layout, linear.bias, quantized))
         if linear.b is not None:
             add_product(ys[-1], t, linear.b.t().to(t.dtype), linear.scale)
     return ys
@@ -158,9 +159,12 @@ def backward(
 
 def _x_gradient(rows: list[Tensor], linears: list[Linear], gs: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
     """dx of all linears, summed in one buffer; one dequantized weight lives at a time."""
-    dx = rows[0] @ dense(linears[0].weight, linears[0].layout, rows[0].dtype)
+    dx = x_gradient(rows[0], linears[0].weight, linears[0].layout)
     for dy, linear in zip(rows[1:], linears[1:], strict=True):
-        dx.addmm_(dy, dense(linear.weight, linear.layout, dy.dtype))
+        if fp8.serves(dy, linear.layout):
+            dx.add_(x_gradient(dy, linear.weight, linear.layout))
+        else:
+            dx.addmm_(dy, dense(linear.weight, linear.layout, dy.dtype))
     shared = [(gs[i], linear.a) for i, linear in enumerate(linears) if linear.a is not None and not linear.own]
     if shared:
         add_product(dx, joined([g for g, _ in shared], 1), joined([a for _, a in shared], 0).to(dtype))

@@ -2,8 +2,9 @@
 
     dx = dy · W        dbias = sum over rows (dy)        the weight is frozen
 
-Many rows: W is dequantized into a temporary and the product is cuBLAS'. Few rows, as in decoding, are bound by reading
-the weight: the kernels of :mod:`.quant_matvec` read the packed words and keep W in registers.
+Many rows: W is dequantized into a temporary and the product is cuBLAS', or that of :mod:`.fp8` where the layout says so.
+Few rows, as in decoding, are bound by reading the weight: the kernels of :mod:`.quant_matvec` read the packed words and
+keep W in registers.
 Saved for the backward: nothing but the packed weight; it is dequantized again.
 
 The first half of this file is what all linears share: how the weight of a layout enters a product.
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from ..quant import four_bit
 from ..quant.layout import Layout
+from . import fp8
 from .dequantize_4bit import dequantized
 from .dispatch import shaped, use_triton
 from .operator import operator
@@ -55,17 +57,32 @@ def dense(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
     return weight[0] if layout.kind == "rows" else weight[0].t()
 
 
-def product(x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None) -> Tensor:
+def product(
+    x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None, quantized: fp8.Quantized | None = None
+) -> Tensor:
     """x · Wᵀ + bias for a matrix ``x`` (rows, in_features), as a new contiguous (rows, out_features).
 
+    ``quantized`` is x in FP8, where a caller has it for several products already.
+
     Raises:
-        ValueError: ``x`` has other columns than W.
+        ValueError: ``x`` has other columns than W, or FP8 does not serve W's sizes.
     """
     if x.shape[-1] != layout.in_features:
         raise ValueError(f"a linear with {layout.in_features} input features was given {tuple(x.shape)}")
+    if fp8.serves(x, layout):
+        left = fp8.quantize_rows(x) if quantized is None else quantized
+        return fp8.multiply(left, fp8.quantize_rows(dense(weight, layout, x.dtype)), x.dtype, bias)
     if use_triton(x) and serves(x, layout):
         return matvec(x, weight, layout, bias)
     return F.linear(x, dense(weight, layout, x.dtype), bias)
+
+
+def x_gradient(dy: Tensor, weight: list[Tensor], layout: Layout) -> Tensor:
+    """dy · W for a matrix ``dy`` (rows, out_features), as a new contiguous (rows, in_features)."""
+    if fp8.serves(dy, layout):
+        turned = fp8.quantize_rows(dense(weight, layout, dy.dtype).t())
+        return fp8.multiply(fp8.quantize_rows(dy), turned, dy.dtype)
+    return dy @ dense(weight, layout, dy.dtype)
 
 
 @operator("weft::quant_linear")
@@ -86,7 +103,7 @@ def _quant_linear_backward(dy: Tensor, weight: list[Tensor], layout: str, needs:
     shape, rows, grads = Layout.decode(layout), dy.reshape(-1, dy.shape[-1]), []
     with no_autocast(dy):
         if needs[0]:
-            grads.append(shaped(rows @ dense(weight, shape, dy.dtype), *dy.shape[:-1], shape.in_features))
+            grads.append(shaped(x_gradient(rows, weight, shape), *dy.shape[:-1], shape.in_features))
         if needs[1]:
             grads.append(rows.sum(0))
     return grads

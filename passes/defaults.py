@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Literal, get_args
+
 from ..kernels import flops as flops  # registers what the operators cost
+from ..rewrite.errors import OptionError
 from ..rewrite.pipeline import Pass, Rules
 from .attention import FuseAttention
 from .common_subexpressions import CommonSubexpressions
 from .fix_widths import FixWidths
+from .fp8_products import Fp8Products
 from .functionalize import Functionalize
 from .gated_mlp import FuseGatedMlp
 from .layer_norm import FuseLayerNorm
@@ -18,13 +22,25 @@ from .residual_norm import FuseResidualNorm
 from .rms_norm import FuseRmsNorm
 from .rope import FusePartialRope, FuseRope, PairRope
 
+Products = Literal["stored", "fp8"]
 
-def default_passes(mode: str = "train", *, logits: Logits = "defer") -> tuple[Pass, ...]:
+
+def default_passes(mode: str = "train", *, logits: Logits = "defer", products: Products = "stored") -> tuple[Pass, ...]:
     """The passes for ``mode`` ("train" or "inference").
 
-    ``logits`` is for models that return logits beside a loss: computed when read (``"defer"``), always (``"keep"``), or
-    never, an access then raising an explanation (``"drop"``).
+    Args:
+        logits: for models that return logits beside a loss: computed when read (``"defer"``), always (``"keep"``), or
+            never, an access then raising an explanation (``"drop"``).
+        products: in what products with weights that are not trained are computed while training: the dtype of the
+            activations (``"stored"``), or FP8 (``"fp8"``), which is less exact; see docs/training.md.
+
+    Raises:
+        OptionError: ``products`` is neither, or ``"fp8"`` for inference.
     """
+    if products not in get_args(Products):
+        raise OptionError(f'products must be "stored" or "fp8", not {products!r}')
+    if products == "fp8" and mode != "train":
+        raise OptionError(f'products="fp8" is for training, and mode is {mode!r}: leave it out')
     return (
         Functionalize(),
         CommonSubexpressions(),
@@ -37,6 +53,7 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer") -> tuple[Pa
         Rules("quant_linear", (FuseQuantLinear(),)),
         Rules("residual_norm", (FuseResidualNorm(),)),
         Rules("parallel_linears", (FuseParallelLinears(),)),
+        *((Fp8Products(),) if products == "fp8" else ()),
         Rules("gated_mlp", (FuseGatedMlp(),)),
         Rules("linear_cross_entropy", (FuseLinearCrossEntropy(logits),)),
     )

@@ -28,22 +28,24 @@ class FuseParallelLinears(SiblingRule):
         """Linears of one input whose adapters run in one dtype."""
         if node.target in (lora_linear, quant_linear):
             return node.args[0]
-        plain = operation(node) == "linear" and _bound(node) is not None and len(sizes(node.args[1])) == 2
-        return node.args[0] if plain else None
+        found = _bound(node) if operation(node) == "linear" else None
+        return found[0] if found is not None and len(sizes(found[1])) == 2 else None
 
     def merge(self, nodes: list[fx.Node], values: list[Any]) -> list[Any] | None:
         """One call; None where no linear of the group has an adapter or 4-bit storage: there nothing is gained."""
         dtypes = {repr(n.kwargs.get("adapter_dtype")) for n in nodes if n.target is lora_linear}
         if all(n.target not in (lora_linear, quant_linear) for n in nodes) or len(dtypes) > 1:
             return None
-        if not any(n.target is lora_linear for n in nodes) and not requires_grad(nodes[0].args[0]):
+        if not any(n.target is lora_linear for n in nodes) and not requires_grad(self.key(nodes[0])):
             return None
         each = [_arguments(n, v) for n, v in zip(nodes, values, strict=True)]
-        weights, layouts, biases, a, b, scales, x_adapters = (list(column) for column in zip(*each, strict=True))
+        (x, *_), weights, layouts, biases, a, b, scales, x_adapters = (
+            list(column) for column in zip(*each, strict=True)
+        )
         kind = next((n.kwargs.get("adapter_dtype") for n in nodes if n.target is lora_linear), None)
         outputs = call(
             parallel_linears,
-            values[0].args[0],
+            x,
             weights,
             layouts,
             biases,
@@ -61,14 +63,12 @@ def _bound(node: fx.Node) -> tuple[Any, ...] | None:
 
 
 def _arguments(node: fx.Node, value: Any) -> tuple[Any, ...]:
-    """Weight, layout, bias, A, B, scale and the adapter's own input of one linear."""
+    """Input, weight, layout, bias, A, B, scale and the adapter's own input of one linear."""
     if node.target is lora_linear:
-        _, weight, layout, bias, a, b, scale = value.args
-        return weight, layout, bias, a, b, scale, value.kwargs.get("x_adapter")
+        return *value.args, value.kwargs.get("x_adapter")
     if node.target is quant_linear:
-        _, weight, layout, bias = value.args
-        return weight, layout, bias, None, None, 1.0, None
-    found = bind("linear", value.args, value.kwargs)
-    assert found is not None
-    _, weight, bias = found
-    return [weight], dense_layout(node.args[1], by_rows=True).encode(), bias, None, None, 1.0, None
+        return *value.args, None, None, 1.0, None
+    found, traced = bind("linear", value.args, value.kwargs), _bound(node)
+    assert found is not None and traced is not None
+    x, weight, bias = found
+    return x, [weight], dense_layout(traced[1], by_rows=True).encode(), bias, None, None, 1.0, None

@@ -13,6 +13,9 @@ kind              tensors
 (out_features, in_features) weight. ``absmax`` holds one scale for ``block_size`` weights: float32, or uint8 indices into
 ``nested_code`` (float32[256]) that are scaled by ``nested_absmax`` (float32, one for ``nested_block_size`` scales) and
 shifted by ``nested_offset`` (float32 scalar).
+
+How the weight is multiplied is part of the string too: ``fp8`` at its end says that products with it are computed in FP8
+(:mod:`weft.kernels.fp8`), from the same tensors.
 """
 
 from __future__ import annotations
@@ -26,13 +29,17 @@ Kind = Literal["rows", "columns", "nf4", "fp4"]
 
 @dataclass(frozen=True)
 class Layout:
-    """Storage of one linear's weight: its kind, its logical shape, and for 4-bit kinds the block sizes."""
+    """Storage of one linear's weight: its kind, its logical shape, and for 4-bit kinds the block sizes.
+
+    ``fp8``: products with it are computed in FP8.
+    """
 
     kind: Kind
     out_features: int
     in_features: int
     block_size: int = 0
     nested_block_size: int = 0
+    fp8: bool = False
 
     @property
     def is_4bit(self) -> bool:
@@ -40,9 +47,9 @@ class Layout:
         return self.kind in ("nf4", "fp4")
 
     def encode(self) -> str:
-        """The string that an operator takes, for example ``nf4:4096:14336:64:256``."""
+        """The string that an operator takes, for example ``nf4:4096:14336:64:256`` or ``rows:4096:4096:0:0:fp8``."""
         sizes = (self.out_features, self.in_features, self.block_size, self.nested_block_size)
-        return ":".join((self.kind, *map(str, sizes)))
+        return ":".join((self.kind, *map(str, sizes), *(("fp8",) if self.fp8 else ())))
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -52,7 +59,8 @@ class Layout:
         Raises:
             ValueError: ``text`` is not an encoded layout.
         """
-        kind, *sizes = text.split(":")
+        kind, *sizes = text.removesuffix(":fp8").split(":")
         if kind not in ("rows", "columns", "nf4", "fp4") or len(sizes) != 4:
             raise ValueError(f"not a weight layout: {text!r}")
-        return Layout(kind, *map(int, sizes))
+        rows, columns, block, nested = map(int, sizes)
+        return Layout(kind, rows, columns, block, nested, text.endswith(":fp8"))

@@ -17,6 +17,7 @@ from . import graph as g
 from .blocks import BlockGraph, StepMemory
 from .driver import Verifier
 from .errors import first_line
+from .exact import packed_weights
 from .joint import JointGraph, unseen
 from .lower import has_checkpoint, lower
 from .pipeline import Pass, run_pipeline
@@ -189,10 +190,12 @@ def _copy(graph: fx.Graph) -> fx.Graph:
 
 
 def annotate(module: fx.GraphModule) -> None:
-    """Put every node's fake value where the engine looks for it."""
+    """Put every node's fake value where the engine looks for it, and mark packed weights, whose products later passes hide."""
     for node in module.graph.nodes:
         if "val" not in node.meta and "example_value" in node.meta:
             node.meta["val"] = node.meta["example_value"]
+    for node in packed_weights(module.graph):
+        node.meta["packed"] = True
 
 
 def parameter_name(placeholder: fx.Node) -> str:

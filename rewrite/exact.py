@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from .vocabulary import target_name
+from .graph import VIEWS
+from .vocabulary import bind, operation, target_name
 
 
 def upcast(x: Any) -> Any:
@@ -18,6 +19,28 @@ def upcast(x: Any) -> Any:
     if isinstance(x, Tensor) and x.is_complex():
         return x.detach().to(torch.complex128).requires_grad_(x.requires_grad)
     return x
+
+
+def packed_weights(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes of ``graph`` whose numbers are bytes of 4-bit weights, whatever dtype they are stored as: no number to widen."""
+    found = set[fx.Node]()
+    for node in graph.nodes:
+        name = operation(node) if node.op == "call_function" else ""
+        if name == "gemm_4bit":
+            found.add(_viewed((bind(name, node.args, dict(node.kwargs)) or node.args)[1]))
+        elif name == "autograd_function_apply":
+            inner = getattr(graph.owning_module, str(node.args[0].target))
+            within = packed_weights(inner.graph)
+            outside = zip((n for n in inner.graph.nodes if n.op == "placeholder"), node.args[2:], strict=False)
+            found.update(_viewed(argument) for inside, argument in outside if inside in within)
+    return found
+
+
+def _viewed(node: Any) -> fx.Node:
+    """What ``node`` is a view of, if it is one."""
+    while node.op in ("call_function", "call_method") and operation(node) in VIEWS:
+        node = node.args[0]
+    return node
 
 
 _NARROW = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}

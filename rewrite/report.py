@@ -10,11 +10,20 @@ from typing import Any
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What the user asked for at the price of digits, and the relative error that a replay measured; None: no replay."""
+
+    what: str
+    error: float | None = None
+
+
+@dataclass(frozen=True)
 class Rewrite:
     """One rewrite in one module instance.
 
     ``bytes_saved`` are intermediate results no longer written, at the shapes of the example inputs. ``error`` is the
     replayed error over what is allowed (twice the original's own, plus one ulp): below 1 passes; None if not replayed.
+    ``asked``: why more than that is allowed, where it is.
     """
 
     rule: str
@@ -24,6 +33,7 @@ class Rewrite:
     nodes_added: int
     bytes_saved: int
     error: float | None = None
+    asked: Asked | None = None
 
 
 @dataclass(frozen=True)
@@ -133,6 +143,17 @@ class RewriteReport:
         return [m for m in found if (m.rule, m.module_path) not in done]
 
     @property
+    def remarks(self) -> list[str]:
+        """The notes, and once each what the user asked for at the price of digits, with the largest error of all graphs."""
+        errors: dict[str, list[float]] = {}
+        for asked in (r.asked for g in self.graphs for r in g.rewrites if r.asked is not None):
+            errors.setdefault(asked.what, []).extend([] if asked.error is None else [asked.error])
+        found = [
+            f": relative error up to {max(e):.2%} where replayed" if e else ", not replayed" for e in errors.values()
+        ]
+        return [*self.notes, *(f"{what}, as asked{how}" for what, how in zip(errors, found, strict=True))]
+
+    @property
     def memory(self) -> Any:
         """The :class:`.recompute.MemoryPlan` of the last training step that began; None where none is planned."""
         return None if self.steps is None else self.steps.plan
@@ -183,7 +204,7 @@ class RewriteReport:
         return {
             "mode": self.mode,
             **lists,
-            "notes": list(self.notes),
+            "notes": self.remarks,
             "node_share": self.node_share,
             "parameter_share": self.parameter_share,
             "capture_seconds": self.capture_seconds,

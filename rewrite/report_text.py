@@ -119,7 +119,7 @@ def sections(report: RewriteReport) -> list[Section]:
 
 def to_text(report: RewriteReport) -> str:
     """The whole report for a terminal."""
-    blocks = [summary(report), *(f"note: {n}" for n in report.notes)]
+    blocks = [summary(report), *(f"note: {n}" for n in report.remarks)]
     blocks += [f"\n{title}\n{table(headers, rows)}" for title, headers, rows in sections(report)]
     return "\n".join(blocks)
 
@@ -127,7 +127,7 @@ def to_text(report: RewriteReport) -> str:
 def to_html(report: RewriteReport) -> str:
     """The whole report as one self-contained page."""
     parts = [f"<h1>weft report</h1><pre>{html.escape(summary(report))}</pre>"]
-    parts += [f"<p>note: {html.escape(n)}</p>" for n in report.notes]
+    parts += [f"<p>note: {html.escape(n)}</p>" for n in report.remarks]
     for title, headers, rows in sections(report):
         head = "".join(f"<th>{html.escape(h)}</th>" for h in headers)
         body = "".join("<tr>" + "".join(f"<td>{html.escape(c)}</td>" for c in r) + "</tr>" for r in rows)

@@ -57,7 +57,7 @@ class Replayer:
         problem = ""
         for longest in (LONGEST, None):  # sizes that follow from others, by division say, fit the traced ones alone
             try:
-                return self._judge(old, new, self._examples(boundary, longest), tracked)
+                return self._judge(old, new, boundary, longest, tracked)
             except Exception as error:  # what does not run proves nothing, and stays as it was written
                 problem = first_line(error)
         return None, f"replay: it does not run by itself: {problem}"
@@ -66,8 +66,12 @@ class Replayer:
         generator = torch.Generator().manual_seed(0)
         return [self.example(n, generator, longest) for n in boundary]
 
-    def _judge(self, old: Any, new: Any, inputs: list[Any], tracked: bool) -> tuple[float | None, str | None]:
-        exact = _run(Float64(old).run, [upcast(i) for i in inputs], tracked)
+    def _judge(
+        self, old: Any, new: Any, boundary: list[fx.Node], longest: int | None, tracked: bool
+    ) -> tuple[float | None, str | None]:
+        inputs = self._examples(boundary, longest)
+        wide = [i if n.meta.get("packed") else upcast(i) for n, i in zip(boundary, inputs, strict=True)]
+        exact = _run(Float64(old).run, wide, tracked)
         eager = _run(old, inputs, tracked)
         ours = _run(new, inputs, tracked)
         worst = 0.0

@@ -188,3 +188,18 @@ def test_zz_undo_takes_everything_back(pair: Pair) -> None:
     assert_identical(outcome(pair.model, inputs), outcome(pair.plain, inputs))
     with pytest.raises(UndoError, match="not optimized"):
         weft.undo(pair.model)
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_packed_weights_stored_as_bfloat16_are_replayed_as_bytes(nested: bool) -> None:
+    """Bytes that happen to be NaN as bfloat16 are codes like any other, in every pass that replays a product with them."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_key_value_heads": 4}
+    plain = in_four_bits(llama(**sizes), nested=nested, storage=torch.bfloat16)
+    adapted = with_lora(twin(plain), target_modules=["q_proj", "v_proj", "down_proj"])
+    for model in (plain, adapted):
+        weft.optimize(model.train())
+        report = model.rewrite_report
+        assert not [r for r in report.refusals if "linear" in r.rule], report
+        assert {"quant_linear"} <= {r.rule for r in report.rewrites}
+        assert all(r.error is not None for r in report.rewrites if "linear" in r.rule)
+    assert {"lora_linear", "parallel_linears"} <= {r.rule for r in adapted.rewrite_report.rewrites}

@@ -106,6 +106,14 @@ def lora(x: Any, w: Any, a: Any, b: Any) -> Any:
 SIZES = {"x": (2, 3, IN), "w": (IN, IN), "a": (RANK, IN), "b": (IN, RANK)}
 
 
+def test_arguments_by_name() -> None:
+    def named(x: Any, w: Any, a: Any, b: Any) -> Any:
+        return F.linear(input=x, weight=w + 1), lora(x, w, a, b), F.linear(x, bias=None, weight=w)
+
+    names, _ = run(named, 1, **SIZES)
+    assert names.count("parallel_linears") == 1 and "linear" not in names
+
+
 def test_plain_linears_stay_apart() -> None:
     names, _ = run(lambda x, w: (F.linear(x, w), F.linear(x, w + 1)), 0, x=SIZES["x"], w=SIZES["w"])
     assert names.count("linear") == 2
