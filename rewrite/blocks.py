@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -56,6 +56,18 @@ class StepMemory:
     _versions: int | None = None
     _first_resident: int = 0
     _store: HostStore | None = None
+    _parameters: list[nn.Parameter] | None = None
+
+    def recount(self) -> None:
+        """A graph was captured: the model may have other parameters than before."""
+        self._parameters = None
+
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """Those of the model; walking over its modules for them takes longer than anything else that a step begins with."""
+        if self._parameters is None:
+            self._parameters = list(self.model.parameters())
+        return self._parameters
 
     @contextmanager
     def running(self, path: str) -> Iterator[None]:
@@ -108,7 +120,7 @@ class StepMemory:
         if former is not None:
             former.measured, former.before = _peak_since(former, device), None
         self._shapes = _shapes(args)
-        now = resident_bytes(self.model, device)
+        now = resident_bytes(self.parameters, self.model.buffers(), device)
         limit = now + int(FILLED * free_bytes(device)) if self.limit == "free" else self.limit
         expected = self._passes.get(self._shapes, ())
         given = activation(args)
@@ -145,7 +157,7 @@ class StepMemory:
 
         An optimizer that has stepped has changed the parameters in place, or if it did so unseen, has taken memory.
         """
-        trained = [p for p in self.model.parameters() if p.requires_grad]
+        trained = [p for p in self.parameters if p.requires_grad]
         versions, count = sum(p._version for p in trained), sum(_here(p).numel() for p in trained)
         if self._versions is None:
             self._versions, self._first_resident = versions, now
@@ -229,12 +241,11 @@ def _shapes(args: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in args if not isinstance(a, nn.Parameter))
 
 
-def resident_bytes(model: nn.Module, device: torch.device) -> int:
+def resident_bytes(parameters: Sequence[Tensor], buffers: Iterable[Tensor], device: torch.device) -> int:
     """Bytes taken now: on a GPU what its allocator has given out, elsewhere the model and its gradients."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    held = [*model.parameters(), *model.buffers()]
-    held += [p.grad for p in model.parameters() if p.grad is not None]
+    held = [*parameters, *buffers, *(p.grad for p in parameters if p.grad is not None)]
     storages = [_here(t).untyped_storage() for t in held]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 

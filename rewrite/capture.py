@@ -100,6 +100,8 @@ class Session:
     def _lowered(self, module: fx.GraphModule, example_inputs: Sequence[Any], rung: str) -> Callable[..., Any]:
         """The callable: a block in training saves what is planned, anything else what its operators save."""
         trained = torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in example_inputs)
+        if self.memory is not None:
+            self.memory.recount()
         if self.memory is None or rung != "graph" or not trained or self.path not in self.memory.paths:
             if self.memory is not None and trained and (head := head_of(module.graph, example_inputs)):
                 self.memory.heads.append(head)
