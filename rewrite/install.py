@@ -75,6 +75,9 @@ class InlineForward(InstalledForward):
 
     def __init__(self, module: nn.Module, run: Callable[..., Any], original: Callable[..., Any]) -> None:
         super().__init__(module, run, original)
+        self.__module__ = (
+            __name__  # a graph's code looks up by name what comes from torch, as nn.Sequential's forward does
+        )
         self.keeps_type: bool | None = None
         torch._dynamo.allow_in_graph(self)
 

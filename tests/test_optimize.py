@@ -203,3 +203,42 @@ def test_packed_weights_stored_as_bfloat16_are_replayed_as_bytes(nested: bool) -
         assert {"quant_linear"} <= {r.rule for r in report.rewrites}
         assert all(r.error is not None for r in report.rewrites if "linear" in r.rule)
     assert {"lora_linear", "parallel_linears"} <= {r.rule for r in adapted.rewrite_report.rewrites}
+
+
+class Residual(nn.Module):
+    """Blocks of torch's own classes, in a loop of the root."""
+
+    def __init__(self, block: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList(block() for _ in range(3))
+        self.norm = nn.RMSNorm(16)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return self.norm(x)
+
+
+BLOCKS: dict[str, Callable[[], nn.Module]] = {
+    "sequential": lambda: nn.Sequential(nn.LayerNorm(16), nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)),
+    "transformer": lambda: nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True),
+    "convolution": lambda: nn.Sequential(nn.Conv1d(5, 5, 3, padding=1), nn.GroupNorm(1, 5), nn.SiLU()),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_blocks_of_torch_itself(name: str) -> None:
+    plain = Residual(BLOCKS[name])
+    model = weft.optimize(twin(plain), example_inputs={"x": torch.randn(2, 5, 16)})
+    weights = torch.randn(3, 5, 16)
+    found = []
+    for each in (model, plain):
+        x = torch.randn(3, 5, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        (each(x) * weights).sum().backward()
+        found.append({n: p.grad for n, p in each.named_parameters()} | {"x": x.grad})
+    assert_same(*found)
+    rules = [r.rule for r in model.rewrite_report.rewrites]
+    assert rules.count("rms_norm") == 1 and rules.count("layer_norm") == {"sequential": 3, "transformer": 6}.get(
+        name, 0
+    )
