@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from hypothesis import HealthCheck, settings
@@ -13,7 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from weft.kernels.dispatch import Backend
+from weft.kernels import dequantize_4bit, quant_matvec
+from weft.kernels.dispatch import Backend, backend
+from weft.kernels.quant_matvec import Tile
 from weft.quant.layout import Layout
 
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
@@ -59,6 +63,18 @@ def packed_weight(layout: Layout, seed: int) -> list[Tensor]:
         table, absmax = torch.linspace(-1, 1, 256), torch.rand(nested, generator=generator) * spread
         statistics = [index, absmax, table, torch.tensor(spread)]
     return [t.to(DEVICE) for t in (packed, *statistics)]
+
+
+@contextmanager
+def running(name: Backend) -> Iterator[None]:
+    """Operators on one backend, with a few large programs where the kernels of 4-bit weights have many.
+
+    Triton's interpreter takes its time for each; the borders between them have cases in the tests of those kernels.
+    """
+    tile = Tile(32, 32, 4)
+    whole = patch.multiple(dequantize_4bit, UNROLL=1, WARPS=16)
+    with backend(name), whole, patch.multiple(quant_matvec, ONE_ROW=tile, NARROW=tile):
+        yield
 
 
 @st.composite

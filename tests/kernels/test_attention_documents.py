@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from itertools import pairwise
 from typing import Any
 from unittest.mock import patch
@@ -140,6 +141,7 @@ def test_a_mask_is_looked_at_once_and_again_when_written() -> None:
 
 
 def test_masks_that_are_gone_are_forgotten() -> None:
+    gc.collect()  # those of other tests
     q = empty(6, 2)
     for _ in range(5):
         documents(apart([[2, 4], [6]]), q, q)

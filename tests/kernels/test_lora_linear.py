@@ -33,6 +33,7 @@ from .linear_cases import (
     normal,
     packed_weight,
     precisions,
+    running,
     tensors,
     terms,
     weights,
@@ -71,7 +72,7 @@ def linears(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
 @given(data=st.data())
 def test_matches_float64(name: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
     inputs = data.draw(linears(dtype))
-    with backend(name):
+    with running(name):
         assert_accurate(lora_linear, module.reference, inputs, reduction=128, scale=terms(*inputs.values()))
 
 

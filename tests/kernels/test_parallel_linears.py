@@ -31,6 +31,7 @@ from .linear_cases import (
     maybe,
     normal,
     packed_weight,
+    running,
     tensors,
     terms,
     weights,
@@ -79,7 +80,7 @@ def groups(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
 @given(data=st.data())
 def test_matches_float64(name: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
     inputs = data.draw(groups(dtype))
-    with backend(name):
+    with running(name):
         ours, plain = flat(parallel_linears), flat(module.reference)
         assert_accurate(ours, plain, inputs, reduction=128, scale=terms(*inputs.values()))
 

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Trainer, TrainingArguments
 
+import weft
+
 from ..models import Inputs, batch, in_four_bits, llama, quickly, twin, with_lora
 
 SMALL = {"hidden_size": 64, "intermediate_size": 64}
@@ -30,12 +32,29 @@ def adapted(kind: str, **options: Any) -> Any:
     return with_lora(in_four_bits(model) if kind == "nf4" else model, **options)
 
 
-def pair(model: Any, rule: str = "lora_linear") -> tuple[Any, Any]:
+def pair(model: Any, rule: str = "lora_linear", examples: Inputs | None = None) -> tuple[Any, Any]:
     """The model, optimized, and its twin; ``rule`` was applied."""
     plain = twin(model)
-    quickly(model)
+    if examples is None:
+        quickly(model)
+    else:
+        weft.optimize(model, example_inputs=examples, verify=False)
     assert any(r.rule == rule for r in model.rewrite_report.rewrites), str(model.rewrite_report)
     return model, plain
+
+
+def adapted_pair(kind: str) -> tuple[Any, Any]:
+    """``pair`` of ``adapted``.
+
+    In float32, training captures anew: the data are longer than the examples and have padding, and the first block's
+    input needs no gradient. None of that depends on how weights are stored, and it takes most of a test's time; so the
+    others have examples like the data, and an input that needs a gradient, as PEFT arranges it for quantized weights.
+    """
+    model = adapted(kind)
+    if kind == "float32":
+        return pair(model)
+    model.enable_input_require_grads()
+    return pair(model, examples=batch(2, 12, padded=True))
 
 
 def rows(count: int = 8, length: int = 12) -> list[dict[str, Tensor]]:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from ..models import assert_same, batch, llama, outcome, quickly, twin, with_lora
-from .runs import CLOSE, KINDS, SMALL, adapted, as_before, assert_same_losses, loop, pair
+from .runs import CLOSE, KINDS, SMALL, adapted, adapted_pair, as_before, assert_same_losses, loop, pair
 
 BATCHES = [batch(2, 12, seed=i, padded=i % 2 == 1) for i in range(5)]
 
@@ -17,7 +17,7 @@ BATCHES = [batch(2, 12, seed=i, padded=i % 2 == 1) for i in range(5)]
 @pytest.fixture(scope="module", params=KINDS)
 def both(request: Any) -> tuple[str, Any, Any]:
     """What the weights are, an optimized model, and its twin."""
-    return request.param, *pair(adapted(request.param))
+    return request.param, *adapted_pair(request.param)
 
 
 def test_losses(both: tuple[str, Any, Any]) -> None:

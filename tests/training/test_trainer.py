@@ -14,7 +14,7 @@ from transformers import Trainer
 import weft
 
 from ..models import assert_same, batch, llama, outcome, twin, with_lora
-from .runs import KINDS, SMALL, adapted, arguments, as_before, assert_same_losses, pair, recorded, rows, trained
+from .runs import KINDS, SMALL, adapted_pair, arguments, as_before, assert_same_losses, pair, recorded, rows, trained
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -49,7 +49,7 @@ CASES = [
 @functools.cache
 def both(kind: str) -> tuple[Any, Any]:
     """An optimized model over weights of that kind, and its twin; whoever trains them gives them back as they were."""
-    return pair(adapted(kind))
+    return adapted_pair(kind)
 
 
 @pytest.mark.parametrize(("kind", "name"), CASES)

@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast
 
 from weft.callbacks import TrainingMonitor
 
-from .runs import KINDS, adapted, arguments, as_before, assert_same_losses, pair, rows, trained
+from .runs import KINDS, adapted_pair, arguments, as_before, assert_same_losses, rows, trained
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "nll": {"loss_type": "nll"},
@@ -43,7 +43,7 @@ def data(completions: bool = False) -> Any:
 @pytest.fixture(scope="module", params=KINDS)
 def both(request: Any) -> tuple[str, Any, Any]:
     """What the weights are, an optimized model, and its twin."""
-    return request.param, *pair(adapted(request.param))
+    return request.param, *adapted_pair(request.param)
 
 
 @pytest.mark.parametrize("name", OPTIONS)

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from .two_processes import CASES, WORLD, build, train
+from .two_processes import CASES, WORLD, Case, build, train
 
 SCRIPT = Path(__file__).with_name("two_processes.py")
 LORA = {"attention", "gated_mlp", "lora_linear", "parallel_linears", "residual_norm", "rms_norm", "rope"}
@@ -43,9 +43,9 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 
 @functools.cache
-def one_process(kind: str) -> tuple[list[float], dict[str, Tensor]]:
+def one_process(kind: str, length: int) -> tuple[list[float], dict[str, Tensor]]:
     """A plain model on all rows."""
-    losses, gradients = train(build(kind), None)
+    losses, gradients = train(build(kind), None, length)
     return [float(x) for x in losses], gradients
 
 
@@ -57,9 +57,9 @@ def seen(together: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     return found
 
 
-def assert_like_one_process(found: list[dict[str, Any]], kind: str, close: float = 2e-5) -> None:
+def assert_like_one_process(found: list[dict[str, Any]], case: Case, close: float = 2e-5) -> None:
     """Losses and gradients of every process are those of a plain model on all rows."""
-    losses, gradients = one_process(kind)
+    losses, gradients = one_process(case.kind, case.length)
     assert len(gradients) > 10
     for each in found:
         assert each["losses"] == pytest.approx(losses, rel=close)
@@ -73,7 +73,7 @@ def assert_like_one_process(found: list[dict[str, Any]], kind: str, close: float
 def test_like_one_process(name: str, together: list[dict[str, Any]]) -> None:
     """Optimized before it is wrapped, or after: nothing falls back, and one graph serves all blocks."""
     case, found = CASES[name], seen(together, name)
-    assert_like_one_process(found, case.kind)
+    assert_like_one_process(found, case)
     for each in found:
         rules = LORA if case.kind != "full" else LORA - {"lora_linear", "parallel_linears"}
         assert rules <= set(each["rules"]), each["report"]
@@ -85,6 +85,7 @@ def test_like_one_process(name: str, together: list[dict[str, Any]]) -> None:
 def test_sharded_in_bfloat16(together: list[dict[str, Any]]) -> None:
     """FSDP2's mixed precision: parameters gathered in bfloat16, losses as far off as rounding allows."""
     found = seen(together, "fsdp2 in bfloat16")
-    assert found[0]["losses"] == pytest.approx(one_process("lora")[0], rel=2e-2)
-    assert found[0]["losses"] != pytest.approx(one_process("lora")[0], rel=1e-6)
+    wanted, _ = one_process("lora", CASES["fsdp2 in bfloat16"].length)
+    assert found[0]["losses"] == pytest.approx(wanted, rel=2e-2)
+    assert found[0]["losses"] != pytest.approx(wanted, rel=1e-6)
     assert set(found[0]["rules"]) >= LORA, found[0]["report"]
