@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import pairwise
 from typing import Any
@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
 
 import weft
+from weft.rewrite import blocks
 from weft.rewrite.errors import OptionError
+from weft.rewrite.rates import Rates
 from weft.rewrite.recompute import MemoryPlan
 
 from ..models import (
@@ -43,6 +45,17 @@ TINY: dict[str, Any] = {
     "num_attention_heads": 4,
     "vocab_size": 61,
 }
+
+
+RATES = Rates(copy=4e10, product=1e11, host=0.0, call=2e-6)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _a_device_of_one_speed() -> Iterator[None]:
+    """Those of an idle core: how fast a busy one happens to be decides what is worth computing again, and is no test's matter."""
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(blocks, "measured_rates", lambda device, dtype: RATES)
+        yield
 
 
 def _from(config: Any) -> Any:
