@@ -18,7 +18,7 @@ from ..kernels.residual_rms_norm import residual_rms_norm
 from ..quant.layout import Layout
 from ..rewrite import graph as g
 from ..rewrite.capture import parameter_name
-from ..rewrite.change import Change, commit, fake_run
+from ..rewrite.change import Change, commit, describe
 from ..rewrite.driver import Outcome, Verifier
 from ..rewrite.report import Asked, Refusal, Rewrite
 from ..rewrite.vocabulary import bind, operation
@@ -186,6 +186,5 @@ def _change(name: str, graph: fx.Graph, node: fx.Node, products: list[Product]) 
             call = graph.call_function(parallel_linears, (x, [[weight]], texts, [bias]))
             new = [call, graph.call_function(operator.getitem, (call, 0))]
     for each in new:
-        each.meta = {k: v for k, v in node.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
-        each.meta["val"] = fake_run(each)
+        describe(each, node)
     return Change(name, list(node.all_input_nodes), [node], (node,), new, (new[-1],))

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from ..kernels import fp8
@@ -21,6 +20,7 @@ from ..rewrite.change import Change
 from ..rewrite.driver import Verifier
 from ..rewrite.errors import first_line
 from ..rewrite.exact import Float64, upcast
+from ..rewrite.joint import unseen
 from ..rewrite.verify import Replayer
 from .storage import product_dtype
 
@@ -80,7 +80,7 @@ def measure(
     kind, narrow = product_dtype(x) or torch.float32, list(values.values())
     runs = ((Float64(old).run, wide), (old, narrow), (new, narrow))
     try:
-        with saved_tensors_hooks(_same, _same):  # a checkpoint around the captured call must not save this
+        with unseen():
             exact, eager, ours = (_run(function, given, kind) for function, given in runs)
     except Exception as error:  # what does not run proves nothing, and stays as it was written
         return None, f"it does not run by itself: {first_line(error)}"
@@ -96,10 +96,6 @@ def measure(
             return None, f"{what} is off by {share:.3g} times what FP8 allows ({error:.2%} of its norm)"
         worst, relative = max(worst, share), max(relative, error if behind else 0.0)
     return Measured(worst, relative), ""
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _examples(change: Change, products: list[Product], verifier: Verifier) -> dict[fx.Node, Any]:

@@ -8,7 +8,7 @@ from torch import fx
 
 from .equation import Site, equation, from_the_end, numeric_factor, op_of
 from .expr import Expr, View, last_size, rank, strip_casts
-from .graph import sizes
+from .graph import autograd_body, sizes
 from .vocabulary import bind, operation
 
 
@@ -107,12 +107,10 @@ def product_inside_autograd_function(v: View, at: Site, x: Any, index: Any) -> E
     """
     if index != 0 or not isinstance(x, Expr) or x.op != "autograd_function_apply" or x.node is None:
         return None
-    root, body = x.node.graph.owning_module, x.node.args[0]
-    inner = getattr(root, str(body.target), None) if isinstance(body, fx.Node) and root is not None else None
-    result = _first_result(inner.graph) if isinstance(inner, fx.GraphModule) else None
+    body, outside = autograd_body(x.node) or (None, {})
+    result = _first_result(body) if body is not None else None
     if result is None or operation(result) != "gemm_4bit":
         return None
-    outside = dict(zip((n for n in result.graph.nodes if n.op == "placeholder"), x.node.args[2:], strict=False))
     args = bind("gemm_4bit", result.args, dict(result.kwargs))
     resolved = [_resolve(a, outside) for a in args or ()]
     return (

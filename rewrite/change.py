@@ -67,11 +67,14 @@ def _describe(graph: fx.Graph, before: set[fx.Node], match: Match) -> list[fx.No
     """Give every node that is not in ``before`` its meta data, and return them."""
     new = [n for n in graph.nodes if n not in before]
     for node in new:
-        node.meta = {
-            k: v for k, v in match.anchor.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")
-        }
-        node.meta["val"] = fake_run(node)
+        describe(node, match.anchor)
     return new
+
+
+def describe(node: fx.Node, like: fx.Node) -> None:
+    """Give a new node the place of ``like`` in the model and its source, and a fake value of its own."""
+    node.meta = {k: v for k, v in like.meta.items() if k in ("nn_module_stack", "stack_trace", "source_fn_stack")}
+    node.meta["val"] = fake_run(node)
 
 
 def _laid_out(old: fx.Node, new: fx.Node, tracer: Any) -> fx.Node:

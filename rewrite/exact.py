@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from .graph import VIEWS
+from .graph import autograd_body, storage_roots
 from .vocabulary import bind, operation, target_name
 
 
@@ -27,20 +27,12 @@ def packed_weights(graph: fx.Graph) -> set[fx.Node]:
     for node in graph.nodes:
         name = operation(node) if node.op == "call_function" else ""
         if name == "gemm_4bit":
-            found.add(_viewed((bind(name, node.args, dict(node.kwargs)) or node.args)[1]))
+            found |= storage_roots((bind(name, node.args, dict(node.kwargs)) or node.args)[1])
         elif name == "autograd_function_apply":
-            inner = getattr(graph.owning_module, str(node.args[0].target))
-            within = packed_weights(inner.graph)
-            outside = zip((n for n in inner.graph.nodes if n.op == "placeholder"), node.args[2:], strict=False)
-            found.update(_viewed(argument) for inside, argument in outside if inside in within)
+            body, outside = autograd_body(node) or (fx.Graph(), {})
+            within = packed_weights(body)
+            found = found.union(*(storage_roots(a) for n, a in outside.items() if n in within))
     return found
-
-
-def _viewed(node: Any) -> fx.Node:
-    """What ``node`` is a view of, if it is one."""
-    while node.op in ("call_function", "call_method") and operation(node) in VIEWS:
-        node = node.args[0]
-    return node
 
 
 _NARROW = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}

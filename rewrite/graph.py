@@ -226,6 +226,16 @@ def context_of(graph: fx.Graph) -> dict[fx.Node, Any]:
     return contexts
 
 
+def autograd_body(node: fx.Node) -> tuple[fx.Graph, dict[fx.Node, Any]] | None:
+    """Of a call of an ``autograd.Function``: the graph of its forward, and what each of its inputs is outside of it."""
+    body, root = node.args[0], node.graph.owning_module
+    inner = getattr(root, str(body.target), None) if isinstance(body, fx.Node) and root is not None else None
+    if not isinstance(inner, fx.GraphModule):
+        return None
+    inside = (n for n in inner.graph.nodes if n.op == "placeholder")
+    return inner.graph, dict(zip(inside, node.args[2:], strict=False))
+
+
 def copy_nodes(
     nodes: Iterable[fx.Node], inputs: Iterable[fx.Node], outputs: Iterable[fx.Node], root: fx.GraphModule
 ) -> fx.GraphModule:

@@ -75,9 +75,8 @@ class InlineForward(InstalledForward):
 
     def __init__(self, module: nn.Module, run: Callable[..., Any], original: Callable[..., Any]) -> None:
         super().__init__(module, run, original)
-        self.__module__ = (
-            __name__  # a graph's code looks up by name what comes from torch, as nn.Sequential's forward does
-        )
+        # The code of a graph looks up by name what says that it comes from torch, as the forward of nn.Sequential does.
+        self.__module__ = __name__
         self.keeps_type: bool | None = None
         torch._dynamo.allow_in_graph(self)
 

@@ -75,7 +75,7 @@ class JointGraph:
 
 
 def unseen() -> AbstractContextManager[Any]:
-    """Inside, what autograd saves is hidden from hooks around: those of a checkpoint would count what tracing saves."""
+    """Inside, what autograd saves is hidden from hooks around: those of a checkpoint would count what a trace or replay saves."""
     return saved_tensors_hooks(_same, _same)
 
 

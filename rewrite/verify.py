@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.autograd.graph import saved_tensors_hooks
 
 from . import graph as g
 from .change import Change
 from .errors import first_line
 from .exact import Float64, upcast
+from .joint import unseen
 from .vocabulary import operation, target_name
 
 LONGEST = 64
@@ -40,9 +40,7 @@ class Replayer:
         derived = _derived(change, boundary)
         key = _signature(change, boundary, derived)
         if key not in self.seen:
-            with saved_tensors_hooks(
-                _same, _same
-            ):  # a checkpoint around the captured call must not save or replay this
+            with unseen():
                 self.seen[key] = self._replay(module, change, boundary, derived)
         return self.seen[key]
 
@@ -97,10 +95,6 @@ class Replayer:
         if isinstance(real, Tensor) and all(isinstance(s, int) for s in fake.shape):
             return real.detach().clone().requires_grad_(fake.requires_grad and real.is_floating_point())
         return _draw(fake, generator, longest)
-
-
-def _same(x: Tensor) -> Tensor:
-    return x
 
 
 def _is_read(output: fx.Node) -> bool:
