@@ -15,7 +15,10 @@ site=(
   # unsloth 2026.10.9 wants trl <= 1.15.0 and datasets < 5
   trl==1.15.0 datasets==4.8.5 dill==0.4.1 multiprocess==0.70.19
 )
-fallback=(pytest==9.2.0 pluggy==1.7.0 iniconfig==2.3.1 hypothesis==6.170.15 sortedcontainers==2.4.0)
+fallback=(
+  pytest==9.2.0 pluggy==1.7.0 iniconfig==2.3.1 pytest-xdist==3.8.0 execnet==2.1.2
+  hypothesis==6.170.15 sortedcontainers==2.4.0
+)
 
 fetch() { # fetch FOLDER REQUIREMENT...
   local folder=$1

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # Everything that needs a GPU, in stages, without a network and without installing anything:
-#   OUT=results CARRY=.carry/packages.tar.gz benchmarks/gpu_all.sh [tests] [kernels] [train]      default: all three
+#   OUT=results CARRY=.carry/packages.tar.gz benchmarks/gpu_all.sh [tests] [kernels] [train] [script]      default: the first three
 # CARRY (optional): an archive made by benchmarks/carry.sh. Results and logs go to OUT, which must exist.
-# Limits in seconds: TESTS_LIMIT, KERNELS_LIMIT, TRAIN_LIMIT. More arguments: TESTS, KERNELS_ARGS, TRAIN_ARGS, TRAIN_ARMS.
+# Limits in seconds: TESTS_LIMIT, KERNELS_LIMIT, TRAIN_LIMIT, SCRIPT_LIMIT. More arguments: TESTS, KERNELS_ARGS, TRAIN_ARGS,
+# TRAIN_ARMS. SCRIPT: a shell script of one's own, run with what the others run with.
 set -uo pipefail
 cd "$(dirname "$0")/.."
 : "${OUT:?set OUT to an existing folder for results}"
@@ -22,7 +23,7 @@ path=$work/tree
 if [ -n "${CARRY:-}" ]; then
   mkdir "$work/carried" && tar -xzf "$CARRY" -C "$work/carried" || exit 1
   path=$path:$work/carried/site
-  PYTHONPATH=$path $python -P -c 'import pytest, hypothesis' 2>/dev/null || path=$path:$work/carried/fallback
+  PYTHONPATH=$path $python -P -c 'import pytest, hypothesis, xdist' 2>/dev/null || path=$path:$work/carried/fallback
 fi
 export PYTHONPATH=$path PYTHONSAFEPATH=1 PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
@@ -55,6 +56,7 @@ for name in $stages; do
     kernels) stage kernels "${KERNELS_LIMIT:-300}" $python -m benchmarks.kernels --out "$OUT/kernels.json" ${KERNELS_ARGS:-} ;;
     train) stage train "${TRAIN_LIMIT:-500}" $python -m benchmarks.train_step --out "$OUT/train.json" \
       --interleave ${TRAIN_ARMS:-hf regional weft unsloth liger} ${TRAIN_ARGS:-} ;;
+    script) stage script "${SCRIPT_LIMIT:-500}" bash "${SCRIPT:?}" ;;
     *) echo "unknown stage $name" >&2; failed="$failed $name" ;;
   esac
 done
