@@ -10,6 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from .cuda_graphs import Recordings
 from .joint import JointGraph
 from .offload import HostStore
 from .rates import Rates, measured_rates
@@ -42,6 +43,8 @@ class StepMemory:
     paths: Sequence[str]
     model: nn.Module
     limit: Limit = "free"
+    recordings: Recordings | None = None
+    """Of small steps; None: none is recorded."""
     plan: MemoryPlan | None = None
     heads: list[Head] = field(default_factory=list)
     """Of the graphs beside the blocks."""
@@ -61,6 +64,8 @@ class StepMemory:
     def recount(self) -> None:
         """A graph was captured: the model may have other parameters than before."""
         self._parameters = None
+        if self.recordings is not None:
+            self.recordings.moved()
 
     @property
     def parameters(self) -> list[nn.Parameter]:
@@ -120,7 +125,10 @@ class StepMemory:
         if former is not None:
             former.measured, former.before = _peak_since(former, device), None
         self._shapes = _shapes(args)
-        now = resident_bytes(self.parameters, self.model.buffers(), device)
+        kept = (
+            0 if self.recordings is None else self.recordings.bytes
+        )  # what a step needs in any case, and is planned below
+        now = resident_bytes(self.parameters, self.model.buffers(), device) - kept
         limit = now + int(FILLED * free_bytes(device)) if self.limit == "free" else self.limit
         expected = self._passes.get(self._shapes, ())
         given = activation(args)

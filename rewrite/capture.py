@@ -107,7 +107,8 @@ class Session:
                 self.memory.heads.append(head)
             return lower(module)
         try:
-            joint = JointGraph(module, example_inputs)
+            recordings = self.memory.recordings
+            joint = JointGraph(module, example_inputs, recordings and recordings.recorded)
             joint.lower()
         except Exception as error:  # what AOTAutograd cannot trace runs node by node, and the report says so
             _log.debug("lowering %s failed", self.path, exc_info=True)

@@ -24,6 +24,10 @@ from .remat import INFINITE, Operation, Problem
 from .sizes import Evaluate, storages, value_bytes
 
 Seconds = Callable[[fx.Node], float]
+Function = Callable[[list[Any]], Any]
+"""Of tensors and numbers, in a list that it empties."""
+Recorder = Callable[[Function, fx.Graph, bool], Function]
+"""Makes the function that runs in place of one that runs a graph; True for a backward."""
 
 
 class JointGraph:
@@ -32,11 +36,13 @@ class JointGraph:
     Attributes:
         graph: the joint graph of the first lowering, for analysis. Its inputs are those of the region's graph.
         backward: of each choice lowered so far, the backward's graph.
+        recorded: what each forward and backward becomes.
     """
 
-    def __init__(self, module: fx.GraphModule, fakes: Sequence[Any]) -> None:
+    def __init__(self, module: fx.GraphModule, fakes: Sequence[Any], recorded: Recorder | None = None) -> None:
         self.module = module
         self.fakes = list(fakes)
+        self.recorded = recorded or (lambda function, *_: function)
         self.graph: fx.Graph | None = None
         self.backward: dict[frozenset[str] | None, fx.Graph] = {}
         self._context = TracingContext.try_get()
@@ -46,7 +52,7 @@ class JointGraph:
         """The callable that saves the values of these names for its backward; None saves all that the backward reads."""
         if saved not in self._lowered:
             backend = aot_autograd(
-                fw_compiler=_boxed,
+                fw_compiler=self._compiled,
                 bw_compiler=lambda module, _: self._backward(saved, module),
                 partition_fn=lambda joint, inputs, **options: self._partition(saved, joint, inputs, options),
             )
@@ -56,7 +62,10 @@ class JointGraph:
 
     def _backward(self, saved: frozenset[str] | None, module: fx.GraphModule) -> Callable[..., Any]:
         self.backward[saved] = module.graph
-        return _boxed(module)
+        return self.recorded(_boxed(module), module.graph, True)
+
+    def _compiled(self, module: fx.GraphModule, _: Any = None) -> Callable[..., Any]:
+        return self.recorded(_boxed(module), module.graph, False)
 
     def _partition(self, saved: frozenset[str] | None, joint: fx.GraphModule, inputs: Any, options: Any) -> Any:
         if self.graph is None:
@@ -102,7 +111,7 @@ def _analysed(joint: fx.GraphModule) -> fx.Graph:
     return copied
 
 
-def _boxed(module: fx.GraphModule, _: Any = None) -> Callable[..., Any]:
+def _boxed(module: fx.GraphModule) -> Callable[..., Any]:
     """Run node by node. The inputs come in a list that is emptied, so that each is freed after its last use."""
     module.graph.set_codegen(_BoxedCodeGen())
     module.recompile()
@@ -164,10 +173,10 @@ def recompute_problem(graph: fx.Graph, seconds: Seconds, of: Evaluate) -> Proble
         part = _is_part(node)
         if not part:
             reads = tuple(n.name for n in node.all_input_nodes if n in inside and not _is_number(n))
-            again = INFINITE if is_random(node) else (0.0 if _is_view(node) else seconds(node))
+            again = INFINITE if is_random(node) else (0.0 if is_view(node) else seconds(node))
             operations[node.name] = Operation(again, reads)
         producer[node.name] = node.args[0].name if part else node.name  # pyright: ignore
-        whole = isinstance(node.meta.get("val"), Tensor) and not _is_view(node)
+        whole = isinstance(node.meta.get("val"), Tensor) and not is_view(node)
         size[node.name] = value_bytes(node.meta.get("val"), of) if whole else INFINITE
         if any(user not in inside and user.op != "output" for user in node.users):
             needed.append(node.name)
@@ -188,7 +197,7 @@ def _is_part(node: fx.Node) -> bool:
     )
 
 
-def _is_view(node: fx.Node) -> bool:
+def is_view(node: fx.Node) -> bool:
     """Whether a result lies in an input of its call; each part of a split does."""
     own = set(storages(node.meta.get("val")))
     call = node.args[0] if _is_part(node) else node

@@ -144,14 +144,17 @@ class RewriteReport:
 
     @property
     def remarks(self) -> list[str]:
-        """The notes, and once each what the user asked for at the price of digits, with the largest error of all graphs."""
+        """The notes; once each what the user asked for at the price of digits, with the largest error of all graphs; and what
+        was recorded as CUDA graphs."""
         errors: dict[str, list[float]] = {}
         for asked in (r.asked for g in self.graphs for r in g.rewrites if r.asked is not None):
             errors.setdefault(asked.what, []).extend([] if asked.error is None else [asked.error])
         found = [
             f": relative error up to {max(e):.2%} where replayed" if e else ", not replayed" for e in errors.values()
         ]
-        return [*self.notes, *(f"{what}, as asked{how}" for what, how in zip(errors, found, strict=True))]
+        asked_for = [f"{what}, as asked{how}" for what, how in zip(errors, found, strict=True)]
+        recordings = getattr(self.steps, "recordings", None)
+        return [*self.notes, *asked_for, *(() if recordings is None else recordings.remarks())]
 
     @property
     def memory(self) -> Any:

@@ -8,6 +8,7 @@ from torch import nn
 
 from .blocks import Limit, StepMemory
 from .capture import Session
+from .cuda_graphs import Recordings
 from .install import Installation
 from .ladder import noting_calls, outside, unreached
 from .pipeline import Pass
@@ -23,6 +24,7 @@ def capture_model(
     mode: str,
     verify: bool = True,
     memory: Limit | None = None,
+    cuda_graphs: bool = True,
 ) -> Installation:
     """Replace the forwards of ``root``'s regions by captured and rewritten ones.
 
@@ -37,13 +39,15 @@ def capture_model(
         mode: as the report states it.
         verify: replay every rewrite.
         memory: the limit of a training step, within which is planned what the blocks save; None: they save all.
+        cuda_graphs: record the blocks of small training steps; only where steps are planned.
 
     Raises:
         Exception: what ``run`` raises; every forward has then been given back.
     """
     prefix = next(path for path, module in model.named_modules() if module is root)
     plan = plan_sites(root, prefix)
-    steps = None if memory is None else StepMemory(plan.blocks, model, memory)
+    recordings = Recordings(model.parameters) if cuda_graphs and _on_gpu(model) else None
+    steps = None if memory is None else StepMemory(plan.blocks, model, memory, recordings)
     installation = Installation(_session(model, passes, mode, verify, steps))
     _run_plan(installation, plan, [], run)
     missing = unreached(root, prefix, installation.session.reached)
@@ -55,6 +59,10 @@ def capture_model(
     again = Installation(_session(model, passes, mode, verify, steps))
     _run_plan(again, plan, [s for s in missing if s.path in called], run)
     return again
+
+
+def _on_gpu(model: nn.Module) -> bool:
+    return any(p.device.type == "cuda" for p in model.parameters())
 
 
 def _session(model: nn.Module, passes: Sequence[Pass], mode: str, verify: bool, memory: StepMemory | None) -> Session:

@@ -55,6 +55,7 @@ def optimize(
     passes: Sequence[Pass] | None = None,
     verify: bool = True,
     keep_weights: bool = False,
+    cuda_graphs: bool = True,
 ) -> nn.Module:
     """Rewrite ``model`` in place and return it; ``model.rewrite_report`` says what was done and what was refused.
 
@@ -69,6 +70,7 @@ def optimize(
             for as little as possible; None on a GPU: what is free there. Each block then saves, computes again, or sends to
             the host's memory what takes the least time within it.
         keep_weights: keep the former weights in the host's memory, so that ``undo`` can give them back.
+        cuda_graphs: on a GPU, record the blocks of training steps so small that the host is slower than the device.
         example_inputs: keyword arguments of one forward call (or a list of several calls) from which the graphs are
             captured; None makes them from ``model.config``. Other shapes and arguments are captured when they come.
         passes: what to run, in order; None takes ``default_passes(mode)``.
@@ -92,7 +94,7 @@ def optimize(
     plan, replaced = _store(model, precision, calibration, examples if example_inputs is not None else ())
     try:
         run = lambda: _run_examples(model, examples, mode)  # noqa: E731
-        installation = capture_model(model, root, chosen, run, mode, verify, limit)
+        installation = capture_model(model, root, chosen, run, mode, verify, limit, cuda_graphs)
     except BaseException as error:
         give_back(replaced)
         if not isinstance(error, Exception):

@@ -1,0 +1,274 @@
+"""Recorded calls: the same numbers as unrecorded ones, whatever is kept, moved or added up between them.
+
+Without a GPU a stand-in takes the place of ``torch.cuda.CUDAGraph``: it computes again from the addresses that it recorded, and
+writes over the results that it returned, as a CUDA graph would.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from weft.rewrite import cuda_graphs
+from weft.rewrite.cuda_graphs import IN_USE, MOVED, Recordings
+from weft.rewrite.joint import Function
+
+from ..graphs import cases, normal
+from .saving import Captured
+
+WIDTH = 6
+ON_GPU = torch.cuda.is_available()
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def at_address(x: Any) -> Any:
+    """The memory where ``x`` lies, whoever else refers to it."""
+    if not isinstance(x, Tensor):
+        return x
+    held = x.untyped_storage().nbytes() - x.storage_offset() * x.element_size()
+    memory = (ctypes.c_byte * held).from_address(x.data_ptr())
+    return torch.frombuffer(memory, dtype=x.dtype).as_strided(x.shape, x.stride())
+
+
+class Rerun:
+    """Stands for a CUDA graph."""
+
+    def __init__(self, function: Function, inputs: Sequence[Any], result: Sequence[Any]) -> None:
+        self.function = function
+        self.inputs = [at_address(x) for x in inputs]
+        self.result = [at_address(x) for x in result]
+
+    def replay(self) -> None:
+        """From the same memory to the same memory."""
+        for old, new in zip(self.result, self.function(list(self.inputs)), strict=True):
+            if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
+                old.copy_(new)
+
+
+class Stand(Recordings):
+    """Records with the stand-in."""
+
+    def capture(self, function: Function, inputs: Sequence[Any]) -> tuple[Any, Any]:
+        """As CUDA does, leave nothing in the results that could be taken for them."""
+        result = list(function(list(inputs)))
+        graph = Rerun(function, inputs, result)
+        for x in result:
+            if isinstance(x, Tensor) and x.is_floating_point() and not any(x is y for y in inputs):
+                x.fill_(torch.nan)
+        return graph, result
+
+
+class Block(nn.Module):
+    """A residual block that saves several values."""
+
+    def __init__(self, seed: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(normal(seed, WIDTH, WIDTH) / 3)
+        self.v = nn.Parameter(normal(seed + 1, WIDTH))
+        self.frozen = nn.Parameter(normal(seed + 2, WIDTH, WIDTH) / 3, requires_grad=False)
+
+
+def forward(x: Tensor, w: Tensor, v: Tensor, frozen: Tensor) -> Tensor:
+    """What a block computes."""
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 0.1) * v
+    return x + torch.tanh(F.silu(normed @ w) * (normed @ frozen))
+
+
+class Model:
+    """Three blocks, through one graph for all or as they are."""
+
+    def __init__(self, recorded: bool) -> None:
+        self.blocks = nn.ModuleList([Block(10 * i) for i in range(3)]).to(DEVICE)
+        kind = Recordings if ON_GPU else Stand
+        self.recordings = kind(self.blocks.parameters, DEVICE)
+        self.block: Callable[..., Any] = Captured(forward, self.recordings.recorded) if recorded else forward
+
+    def __call__(self, x: Tensor) -> list[Tensor]:
+        """The outputs of the blocks."""
+        outputs = []
+        for block in self.blocks:
+            x = self.block(x, block.w, block.v, block.frozen)
+            outputs.append(x)
+        return outputs
+
+    def grads(self) -> list[Tensor]:
+        """Of the trained parameters, which have none afterwards."""
+        found = [p.grad.clone() for p in self.blocks.parameters() if p.grad is not None]
+        self.blocks.zero_grad(set_to_none=True)
+        return found
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "bound_by_host", lambda *_: True)
+    torch._dynamo.reset()
+
+
+def inputs(seed: int, length: int = 5) -> Tensor:
+    """Of a model."""
+    return normal(seed, 2, length, WIDTH).to(DEVICE)
+
+
+def both() -> tuple[Model, Model]:
+    """One that is recorded, and its twin."""
+    return Model(True), Model(False)
+
+
+def same(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    """Up to the order of sums."""
+    assert len(a) == len(b)
+    for x, y in zip(a, b, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-6)
+
+
+def step(model: Model, seed: int, length: int = 5) -> list[Tensor]:
+    """Outputs' sum and gradients of one step."""
+    outputs = model(inputs(seed, length))
+    loss = (outputs[-1] * torch.linspace(-1, 1, outputs[-1].numel(), device=DEVICE).view_as(outputs[-1])).sum()
+    loss.backward()
+    return [loss.detach(), *model.grads()]
+
+
+def test_steps_are_recorded_the_third_time_and_replayed_from_then_on() -> None:
+    model, plain = both()
+    for seed in range(7):
+        same(step(model, seed), step(plain, seed))
+        assert model.recordings.count == (6 if seed >= 2 else 0)
+    assert model.recordings.replays == 4 * 6 and not model.recordings.notes
+    assert "6 recordings" in model.recordings.remarks()[0]
+
+
+ACTIONS = ("step", "add", "keep", "forward", "two", "longer", "update", "move", "in place")
+
+
+@settings(cases, max_examples=max(10, cases.max_examples // 12))
+@given(st.lists(st.sampled_from(ACTIONS), max_size=8))
+def test_whatever_happens_between_the_steps(actions: Sequence[str]) -> None:
+    torch._dynamo.reset()
+    models = both()
+    kept: list[list[Tensor]] = []
+    for seed in range(3):
+        same(*(step(m, seed) for m in models))
+    for seed, action in enumerate((*actions, "step", "step"), 3):
+        found = [act(m, action, seed) for m in models]
+        same(*found)
+        for tensors, copies in zip(kept[::2], kept[1::2], strict=True):
+            same(tensors, copies)
+        if action == "keep":
+            kept += [found[0], [t.clone() for t in found[1]]]
+
+
+def act(model: Model, action: str, seed: int) -> list[Tensor]:
+    """What a user may do; the numbers that come of it."""
+    if action == "keep":  # results of a forward that nobody differentiates, held on to
+        return [o.detach() for o in model(inputs(seed))]
+    if action == "forward":
+        return [model(inputs(seed))[-1].sum().detach()]
+    if action == "two":  # two forwards before either backward
+        first, second = model(inputs(seed))[-1], model(inputs(seed + 100))[-1]
+        second.square().sum().backward()
+        first.square().sum().backward()
+        return model.grads()
+    if action == "add":  # gradients of several batches
+        for i in range(3):
+            model(inputs(seed + i))[-1].square().sum().backward()
+        return model.grads()
+    if action == "in place":
+        output = model(inputs(seed))[-1]
+        output.detach().mul_(2)
+        return [output.detach()]
+    if action == "update":
+        with torch.no_grad():
+            for p in model.blocks.parameters():
+                p.mul_(0.9)
+    if action == "move":
+        for p in model.blocks.parameters():
+            p.data = p.data.clone()
+        model.recordings.moved()
+    return step(model, seed, 4 if action == "longer" else 5)
+
+
+def test_added_gradients_are_copies_from_the_second_time_on() -> None:
+    model, plain = both()
+    for _ in range(6):
+        for m in (model, plain):
+            for i in range(3):
+                m(inputs(i))[-1].square().sum().backward()
+        same(model.grads(), plain.grads())
+    assert model.recordings.notes[IN_USE] <= 6
+    assert model.recordings.replays > 30
+
+
+def test_results_that_are_kept_are_not_overwritten() -> None:
+    model, _ = both()
+    for seed in range(4):
+        step(model, seed)
+    kept = model(inputs(9))
+    copies = [k.detach().clone() for k in kept]
+    replays = model.recordings.replays
+    model(inputs(10))
+    same(kept, copies)
+    assert model.recordings.replays == replays and model.recordings.notes == {IN_USE: 1, MOVED: 2}
+
+
+def test_an_input_that_stayed_and_has_moved_is_read_where_it_is() -> None:
+    model, plain = both()
+    for seed in range(4):
+        same(step(model, seed), step(plain, seed))
+    held = model(
+        inputs(5)
+    )  # the last run of the first block's recording is in use: the second finds its input elsewhere
+    for seed in range(2):
+        same([model(inputs(seed))[-1]], [plain(inputs(seed))[-1]])
+    assert model.recordings.notes.keys() <= {IN_USE, MOVED}
+    del held
+    same(step(model, 3), step(plain, 3))
+
+
+def test_no_more_sizes_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_graphs, "MOST_SIZES", 1)
+    model, plain = both()
+    for _ in range(3):
+        for length in (5, 4):
+            same(step(model, 0, length), step(plain, 0, length))
+    assert model.recordings.count == 6
+    assert any("sizes" in note for note in model.recordings.notes)
+
+
+def test_what_cannot_be_recorded_runs_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, plain = both()
+
+    def refuse(*_: Any) -> Any:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(model.recordings, "capture", refuse)
+    for seed in range(5):
+        same(step(model, seed), step(plain, seed))
+    assert model.recordings.count == 0
+    assert "operation not permitted" in model.recordings.remarks()[0]
+
+
+def test_what_draws_is_not_recorded() -> None:
+    recordings = (Recordings if ON_GPU else Stand)(lambda: (), DEVICE)
+    drawn = Captured(lambda x: F.dropout(x * x, 0.5, True).sin(), recordings.recorded)
+    for _ in range(4):
+        drawn(inputs(0).requires_grad_()).sum().backward()
+    assert recordings.count <= 1 and not recordings.notes  # the backward draws nothing
+
+
+def test_sharded_parameters_are_not_recorded() -> None:
+    model, plain = both()
+    sharded: Any = nn.Parameter(torch.zeros(1))
+    sharded.to_local = lambda: sharded
+    model.recordings.parameters = lambda: [sharded]
+    for seed in range(4):
+        same(step(model, seed), step(plain, seed))
+    assert model.recordings.count == 0
