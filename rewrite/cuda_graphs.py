@@ -2,7 +2,7 @@
 
 With few tokens the host takes longer to launch a block's kernels than the device to run them. A block's forward and its
 backward, as AOTAutograd hands them over, are functions of tensors alone: run twice as they are, they are recorded the third
-time, for each set of parameters and sizes. A recording reads its inputs where they lay then, and writes its outputs to memory
+time, for each set of parameters and sizes. A recording reads its inputs where they lay then, and writes its results to memory
 of its own, so:
 
 - an input that stays where it is (a parameter, what another recording wrote) is read there; any other is copied to a place
@@ -10,7 +10,8 @@ of its own, so:
 - results that are still in use since the last replay are not overwritten: the call runs kernel by kernel. Gradients that stay
   in use, as they do where several batches add up to a step, are handed over as copies from then on.
 
-All recordings of a model allocate from one pool: what one has freed, another may use, for they run one after the other.
+What a recording needs while it runs comes from one pool for all of them: they run one after the other, in whatever order. The
+results, which outlive that, are copied out of it.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ class Recordings:
             *(f"CUDA graphs: {n} calls ran kernel by kernel: {why}" for why, n in self.notes.items()),
         ]
 
-    def capture(self, function: Function, inputs: Sequence[Any]) -> tuple[Graph, Any]:
+    def capture(self, function: Function, inputs: Sequence[Any]) -> Graph:
         """Record ``function`` without running it. ``torch.cuda.graph`` would collect garbage before each of some sixty.
 
         Raises:
@@ -114,11 +115,11 @@ class Recordings:
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                result = function(list(inputs))
+                function(list(inputs))
             finally:
                 graph.capture_end()
         current.wait_stream(self._stream)
-        return graph, result
+        return graph
 
     def recorded(self, function: Function, graph: fx.Graph, backward: bool) -> Function:
         """``function``, which runs ``graph``, with its calls recorded where that is worth it."""
@@ -142,12 +143,62 @@ MOVED = "an input has moved"
 IN_USE = "its last results are still in use"
 
 
+@dataclass(frozen=True)
+class Fresh:
+    """A result in memory of its own."""
+
+    size: torch.Size
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    def empty(self) -> Tensor:
+        """Such a tensor."""
+        return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A result that is an input, or a view of one: which, and where it begins behind it, in elements."""
+
+    source: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    behind: int
+
+    def of(self, source: Tensor) -> Tensor:
+        """The same of another tensor."""
+        if not self.behind and source.size() == self.size and source.stride() == self.stride:
+            return source
+        return source.as_strided(self.size, self.stride, source.storage_offset() + self.behind)
+
+
 @dataclass
 class Warm:
-    """A call that was seen: how often, and the storages of its inputs in the last."""
+    """A call that was seen: how often, and in the last the storages of its inputs and what its results were."""
 
     count: int = 0
     storages: list[StorageWeakRef | None] = field(default_factory=list)
+    results: list[Any] = field(default_factory=list)
+
+    def run(self, function: Function, arguments: list[Any]) -> Any:
+        """Kernel by kernel."""
+        given = list(arguments)
+        result = function(arguments)
+        self.count += 1
+        self.storages = [StorageWeakRef(a.untyped_storage()) if isinstance(a, Tensor) else None for a in given]
+        self.results = [_form(r, given) for r in result]
+        return result
+
+
+def _form(result: Any, given: Sequence[Any]) -> Any:
+    if not isinstance(result, Tensor):
+        return result
+    storage = result.untyped_storage()._cdata
+    for i, a in enumerate(given):
+        if isinstance(a, Tensor) and a.untyped_storage()._cdata == storage:
+            return Seen(i, result.size(), result.stride(), result.storage_offset() - a.storage_offset())
+    return Fresh(result.size(), result.stride(), result.dtype, result.device)
 
 
 class RecordedCalls:
@@ -176,8 +227,7 @@ class RecordedCalls:
             if obstacle is IN_USE and self.backward:
                 found.hand_over_copies()
         elif isinstance(found, Warm) and found.count < WARM:
-            found.count += 1
-            found.storages = [StorageWeakRef(a.untyped_storage()) if _is_tensor(a) else None for a in arguments]
+            return found.run(self.function, arguments)
         elif isinstance(found, Warm):
             return self._record(key, found, arguments)
         return self.function(arguments)
@@ -239,10 +289,6 @@ def bound_by_host(graph: fx.Graph, of: Evaluate, rates: Rates) -> bool:
     return sum(node_seconds(n, of, rates) for n in calls) < 2 * HOST_SECONDS * len(calls)
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
-
-
 @dataclass
 class Recording:
     """One call of a function, recorded.
@@ -250,10 +296,9 @@ class Recording:
     Attributes:
         places: of each input the address that is read; -1 for numbers and for what is copied.
         copies: by position, what is read in place of inputs that do not stay where they are.
-        outputs: the results, in memory that the next replay overwrites.
-        passed: of the results that are inputs, the positions of those.
-        watched: storages that a replay writes to, how often each is referred to when it is not in use, and the positions of the
-            results in it.
+        results: tensors that the next replay overwrites, :class:`Seen` and numbers.
+        watched: storages that a replay writes to, how often each is referred to when it is not in use, and the position of the
+            result in it.
         cloned: positions of the results that are handed over as copies.
         in_use: of those that stood in the way of the last call.
     """
@@ -261,9 +306,8 @@ class Recording:
     graph: Graph
     places: list[int]
     copies: dict[int, Tensor]
-    outputs: list[Any]
-    passed: dict[int, int]
-    watched: list[tuple[torch.UntypedStorage, int, list[int]]]
+    results: list[Any]
+    watched: list[tuple[torch.UntypedStorage, int, int | None]]
     cloned: set[int] = field(default_factory=set)
     in_use: list[int] = field(default_factory=list)
 
@@ -272,8 +316,8 @@ class Recording:
         for argument, place in zip(arguments, self.places, strict=True):
             if place != -1 and argument.data_ptr() != place:
                 return MOVED
-        in_use = [positions for storage, unused, positions in self.watched if use_count(storage) > unused]
-        self.in_use = [i for positions in in_use for i in positions]
+        in_use = [position for storage, unused, position in self.watched if use_count(storage) > unused]
+        self.in_use = [i for i in in_use if i is not None]
         return IN_USE if in_use else None
 
     def hand_over_copies(self) -> None:
@@ -287,55 +331,53 @@ class Recording:
         given = list(arguments)
         arguments.clear()
         self.graph.replay()
-        return [self._handed_over(i, given) for i in range(len(self.outputs))]
+        return [self._handed_over(i, result, given) for i, result in enumerate(self.results)]
 
-    def _handed_over(self, i: int, given: Sequence[Any]) -> Any:
-        output, source = self.outputs[i], self.passed.get(i)
-        if not isinstance(output, Tensor):
-            return output
-        if source is not None and source not in self.copies:
-            return given[source]
-        return output.clone() if i in self.cloned else output.detach()
+    def _handed_over(self, i: int, result: Any, given: Sequence[Any]) -> Any:
+        if isinstance(result, Seen):
+            copy = self.copies.get(result.source)
+            return result.of(given[result.source] if copy is None else copy.detach())
+        if not isinstance(result, Tensor):
+            return result
+        return result.clone() if i in self.cloned else result.detach()
 
 
 def record(function: Function, arguments: Sequence[Any], warm: Warm, shared: Recordings) -> Recording:
     """``function``, recorded for a call with ``arguments`` that is still to be run.
 
     Raises:
-        RuntimeError: as :meth:`Recordings.capture`.
+        RuntimeError: as :meth:`Recordings.capture`; or a result is a view of an input that no copy can be laid out like.
     """
     copies = {
         i: torch.empty_like(a, requires_grad=False)
         for i, (a, seen) in enumerate(zip(arguments, warm.storages, strict=True))
         if isinstance(a, Tensor) and not _stays(a, seen, shared)
     }
+    sources = {r.source for r in warm.results if isinstance(r, Seen)}
+    if any(copies[i].stride() != arguments[i].stride() for i in sources & set(copies)):
+        raise RuntimeError("a result is a view of an input with gaps")
     inputs = [copies.get(i, a) for i, a in enumerate(arguments)]
     places = [a.data_ptr() if isinstance(a, Tensor) and i not in copies else -1 for i, a in enumerate(inputs)]
-    graph, result = shared.capture(function, inputs)
-    outputs = list(result)
-    passed = {i: j for i, out in enumerate(outputs) for j, a in enumerate(inputs) if _is_tensor(out) and out is a}
-    for i in (i for i, j in passed.items() if j not in copies):
-        outputs[i] = torch.empty(0)  # the argument will be handed over: a recording keeps no parameter alive
-    watched = _watched(
-        outputs, passed, copies, [a for i, a in enumerate(inputs) if isinstance(a, Tensor) and i not in copies]
-    )
-    shared.count, shared.bytes = shared.count + 1, shared.bytes + sum(s.nbytes() for s, *_ in watched)
-    shared.kept |= {s._cdata for s, *_ in watched}
-    return Recording(graph, places, copies, outputs, passed, watched)
+    results = [r.empty() if isinstance(r, Fresh) else r for r in warm.results]
+    kept = {i: r for i, r in enumerate(results) if isinstance(r, Tensor)}
+    graph = shared.capture(_copying(function, kept), inputs)
+    written = [*((None, c) for c in copies.values()), *kept.items()]
+    storages = [(t.untyped_storage(), i) for i, t in written]
+    shared.count, shared.bytes = shared.count + 1, shared.bytes + sum(s.nbytes() for s, _ in storages)
+    shared.kept |= {s._cdata for s, _ in storages}
+    return Recording(graph, places, copies, results, [(s, use_count(s), i) for s, i in storages])
 
 
-def _watched(
-    outputs: Sequence[Any], passed: Mapping[int, int], copies: Mapping[int, Tensor], read: Sequence[Tensor]
-) -> list[tuple[torch.UntypedStorage, int, list[int]]]:
-    """As in :class:`Recording`: results lie in no storage that is merely read, unless they are views of inputs."""
-    foreign = {a.untyped_storage()._cdata for a in read}
-    lies_in = {i: o.untyped_storage() for i, o in enumerate(outputs) if isinstance(o, Tensor)}
-    own = {s._cdata: s for s in (*(c.untyped_storage() for c in copies.values()), *lies_in.values())}
-    return [
-        (s, use_count(s), [i for i, t in lies_in.items() if t._cdata == cdata and i not in passed])
-        for cdata, s in own.items()
-        if cdata not in foreign and s.nbytes()
-    ]
+def _copying(function: Function, targets: Mapping[int, Tensor]) -> Function:
+    """``function``, which copies its results at these positions there."""
+
+    def run(arguments: list[Any]) -> None:
+        results = function(arguments)
+        if targets:
+            into, made = list(targets.values()), [results[i] for i in targets]
+            torch._foreach_copy_(into, made)  # pyright: ignore[reportPrivateImportUsage]  (one launch for many tensors)
+
+    return run
 
 
 def _stays(tensor: Tensor, seen: StorageWeakRef | None, shared: Recordings) -> bool:

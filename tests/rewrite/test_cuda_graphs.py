@@ -39,31 +39,23 @@ def at_address(x: Any) -> Any:
 
 
 class Rerun:
-    """Stands for a CUDA graph."""
+    """Stands for a CUDA graph: reads and writes the same memory each time."""
 
-    def __init__(self, function: Function, inputs: Sequence[Any], result: Sequence[Any]) -> None:
+    def __init__(self, function: Function, inputs: Sequence[Any]) -> None:
         self.function = function
         self.inputs = [at_address(x) for x in inputs]
-        self.result = [at_address(x) for x in result]
 
     def replay(self) -> None:
-        """From the same memory to the same memory."""
-        for old, new in zip(self.result, self.function(list(self.inputs)), strict=True):
-            if isinstance(old, Tensor) and old.data_ptr() != new.data_ptr():
-                old.copy_(new)
+        """Run what was recorded."""
+        self.function(list(self.inputs))
 
 
 class Stand(Recordings):
     """Records with the stand-in."""
 
-    def capture(self, function: Function, inputs: Sequence[Any]) -> tuple[Any, Any]:
-        """As CUDA does, leave nothing in the results that could be taken for them."""
-        result = list(function(list(inputs)))
-        graph = Rerun(function, inputs, result)
-        for x in result:
-            if isinstance(x, Tensor) and x.is_floating_point() and not any(x is y for y in inputs):
-                x.fill_(torch.nan)
-        return graph, result
+    def capture(self, function: Function, inputs: Sequence[Any]) -> Any:
+        """Nothing runs."""
+        return Rerun(function, inputs)
 
 
 class Block(nn.Module):
