@@ -197,7 +197,7 @@ def _form(result: Any, given: Sequence[Any]) -> Any:
     storage = result.untyped_storage()._cdata
     for i, a in enumerate(given):
         if isinstance(a, Tensor) and a.untyped_storage()._cdata == storage:
-            return Seen(i, result.size(), result.stride(), result.storage_offset() - a.storage_offset())
+            return Seen(i, result.size(), result.stride(), int(result.storage_offset() - a.storage_offset()))
     return Fresh(result.size(), result.stride(), result.dtype, result.device)
 
 

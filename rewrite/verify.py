@@ -193,7 +193,9 @@ def _run(function: Any, inputs: Sequence[Any], tracked: bool) -> Run:
     if not (tracked and live and leaves):
         return outputs, []
     generator = torch.Generator().manual_seed(1)
-    seeds = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in live]
+    # laid out like the outputs, as gradients of a model are: cuDNN keeps its plans for attention (torch 2.11) by the strides of
+    # q, k and v alone, and one made for a gradient of other strides computes nonsense for the next
+    seeds = [torch.empty_like(o).copy_(torch.randn(o.shape, generator=generator)) for o in live]
     with _no_autocast():
         return [o.detach() for o in outputs], list(torch.autograd.grad(live, leaves, seeds, allow_unused=True))
 

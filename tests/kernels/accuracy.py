@@ -38,7 +38,9 @@ def run(function: Callable[..., Any], inputs: Inputs, seed: int) -> tuple[list[T
     if not live or not leaves:
         return [o.detach() for o in outputs], {}
     generator = torch.Generator().manual_seed(seed)
-    seeds = [torch.randn(o.shape, generator=generator).to(o.device, o.dtype) for o in live]
+    # laid out like the outputs, as gradients of a model are: cuDNN keeps its plans for attention (torch 2.11) by the strides of
+    # q, k and v alone, and one made for a gradient of other strides computes nonsense for the next
+    seeds = [torch.empty_like(o).copy_(torch.randn(o.shape, generator=generator)) for o in live]
     grads = torch.autograd.grad(live, list(leaves.values()), seeds, allow_unused=True)
     return [o.detach() for o in outputs], dict(zip(leaves, grads, strict=True))
 
