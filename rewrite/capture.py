@@ -227,18 +227,33 @@ def _is_ours(node: fx.Node) -> bool:
     return (getattr(node.target, "__module__", "") or "").startswith("weft.")
 
 
+class _Inside(threading.local):
+    """Whether this thread has set Dynamo's settings."""
+
+    settings = False
+
+
+_inside = _Inside()
+
+
 @contextmanager
 def dynamo_settings() -> Iterator[None]:
     """:data:`DYNAMO_SETTINGS`, for as long as a region runs.
 
-    Plain assignment: ``config.patch`` takes 0.3 ms, more than a decoding step has for a layer.
+    Plain assignment: ``config.patch`` takes 0.3 ms, more than a decoding step has for a layer. A region inside another finds
+    them set.
     """
     config = torch._dynamo.config
+    if _inside.settings:
+        yield
+        return
     kept = {name: getattr(config, name) for name in DYNAMO_SETTINGS}
+    _inside.settings = True
     for name, setting in DYNAMO_SETTINGS.items():
         setattr(config, name, setting)
     try:
         yield
     finally:
+        _inside.settings = False
         for name, setting in kept.items():
             setattr(config, name, setting)
