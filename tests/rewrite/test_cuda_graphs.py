@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from weft.rewrite import cuda_graphs
-from weft.rewrite.cuda_graphs import IN_USE, MOVED, Recordings
+from weft.rewrite.cuda_graphs import Recordings
 from weft.rewrite.joint import Function
+from weft.rewrite.recording import IN_USE, MOVED
 
 from ..graphs import cases, normal
 from .saving import Captured
@@ -141,7 +142,7 @@ def test_steps_are_recorded_the_third_time_and_replayed_from_then_on() -> None:
 ACTIONS = ("step", "add", "keep", "forward", "two", "longer", "update", "move", "in place")
 
 
-@settings(cases, max_examples=max(10, cases.max_examples // 12))
+@settings(cases, max_examples=max(6, cases.max_examples // 30))
 @given(st.lists(st.sampled_from(ACTIONS), max_size=8))
 def test_whatever_happens_between_the_steps(actions: Sequence[str]) -> None:
     torch._dynamo.reset()
