@@ -10,6 +10,8 @@ of its own, so:
 - results that are still in use since the last replay are not overwritten: the call runs kernel by kernel. Gradients that stay
   in use, as they do where several batches add up to a step, are handed over as copies from then on.
 
+Random numbers are drawn anew by each replay, as by a call: torch's generator hands its state to a CUDA graph.
+
 What a recording needs while it runs comes from one pool for all of them: they run one after the other, in whatever order. The
 results, which outlive that, are copied out of it.
 """
@@ -25,7 +27,7 @@ import torch
 from torch import Tensor, fx
 
 from .errors import first_line
-from .joint import Function, is_random, is_view
+from .joint import Function, is_mutating, is_view
 from .rates import Rates, measured_rates
 from .recompute import node_seconds
 from .recording import IN_USE, Graph, Recording, Warm, record
@@ -124,8 +126,8 @@ class Recordings:
 
     def recorded(self, function: Function, graph: fx.Graph, backward: bool) -> Function:
         """``function``, which runs ``graph``, with its calls recorded where that is worth it."""
-        if any(is_random(n) for n in graph.nodes if n.op == "call_function"):
-            return function
+        if any(is_mutating(n) for n in graph.nodes if n.op == "call_function"):
+            return function  # what it changes would be a copy of its input, or an input that has moved since
         calls = RecordedCalls(function, graph, self, backward)
 
         def run(arguments: list[Any]) -> Any:

@@ -139,8 +139,12 @@ def _is_primal(node: fx.Node) -> bool:
 
 def is_random(node: fx.Node) -> bool:
     """Whether a call may return something else the next time."""
-    drawn = _may_draw(node.target) and not _without_dropout(node)
-    return drawn or getattr(getattr(node.target, "_schema", None), "is_mutable", False)
+    return (_may_draw(node.target) and not _without_dropout(node)) or is_mutating(node)
+
+
+def is_mutating(node: fx.Node) -> bool:
+    """Whether a call changes one of its inputs."""
+    return bool(getattr(getattr(node.target, "_schema", None), "is_mutable", False))
 
 
 def _may_draw(target: Any) -> bool:

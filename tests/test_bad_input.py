@@ -61,6 +61,7 @@ def test_what_is_no_module(model: Any) -> None:
 @pytest.mark.parametrize("options", [
     {"mode": "eval"}, {"mode": True}, {"passes": "rms_norm"}, {"passes": 5}, {"passes": [FuseRmsNorm()]},
     {"precision": 4}, {"memory": "much"}, {"memory": "6GB", "mode": "inference"}, {"calibration": []}, {"keep_weights": True},
+    {"cuda_graphs": "all"},
 ], ids=lambda options: "-".join((*options, type(next(iter(options.values()))).__name__)))  # fmt: skip
 def test_options_of_wrong_types_and_values(options: dict[str, Any]) -> None:
     refused(Plain(), OptionError, next(iter(options)), **options)

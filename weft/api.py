@@ -82,6 +82,8 @@ def optimize(
     check_model(model)
     mode = _mode(model, mode)
     _check_options(precision, calibration, keep_weights)
+    if not isinstance(cuda_graphs, bool):
+        raise OptionError(f"cuda_graphs is True or False, not {cuda_graphs!r}")
     limit = _limit(model, mode, memory)
     root = innermost(model)
     if root in _installed:

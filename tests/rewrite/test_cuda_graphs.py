@@ -216,12 +216,20 @@ def test_what_cannot_be_recorded_runs_and_is_reported(monkeypatch: pytest.Monkey
     assert "operation not permitted" in model.recordings.remarks()[0]
 
 
-def test_what_draws_is_not_recorded() -> None:
+def test_each_replay_draws_anew_and_its_backward_knows_what() -> None:
     recordings = (Recordings if ON_GPU else Stand)(lambda: (), DEVICE)
-    drawn = Captured(lambda x: F.dropout(x * x, 0.5, True).sin(), recordings.recorded)
-    for _ in range(4):
-        drawn(inputs(0).requires_grad_()).sum().backward()
-    assert recordings.count <= 1 and not recordings.notes  # the backward draws nothing
+    drawn = Captured(lambda x: F.dropout(x * x, 0.5, True), recordings.recorded)
+    x = inputs(0, 50).requires_grad_()
+    seen = []
+    for _ in range(6):
+        x.grad = None
+        y = drawn(x)
+        y.sum().backward()
+        same([x.grad * x.detach() / 2], [y.detach()])  # pyright: ignore[reportOptionalOperand]
+        seen.append(y.detach().clone())
+        del y
+    assert recordings.replays == 6
+    assert all(not torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
 
 
 def test_sharded_parameters_are_not_recorded() -> None:
