@@ -125,10 +125,7 @@ class StepMemory:
         if former is not None:
             former.measured, former.before = _peak_since(former, device), None
         self._shapes = _shapes(args)
-        kept = (
-            0 if self.recordings is None else self.recordings.bytes
-        )  # what a step needs in any case, and is planned below
-        now = resident_bytes(self.parameters, self.model.buffers(), device) - kept
+        now = resident_bytes(self.parameters, self.model.buffers(), device) - self._kept(former)
         limit = now + int(FILLED * free_bytes(device)) if self.limit == "free" else self.limit
         expected = self._passes.get(self._shapes, ())
         given = activation(args)
@@ -137,6 +134,13 @@ class StepMemory:
         resident = now + self._pending(now)
         self.plan = MemoryPlan(None if limit == "min" else limit, resident, working, before=former)
         self.plan.peak_before = _peak(device)
+
+    def _kept(self, former: MemoryPlan | None) -> int:
+        """Bytes that recordings keep for what is planned anew: saved values and gradients. Those of other sizes are resident."""
+        if self.recordings is None or former is None:
+            return 0
+        gradients = sum(_here(p).nbytes for p in self.parameters if p.requires_grad)
+        return min(self.recordings.bytes, sum(b.saved_bytes for b in former.blocks) + gradients)
 
     def roomy(self, costs: BlockCosts) -> bool:
         """Whether all blocks could save all at these costs, by what was resident when the last forward began."""
