@@ -67,6 +67,8 @@ class Recordings:
     """Why calls of these sizes ran kernel by kernel, and how many."""
     sharded: bool = False
     """Parameters are gathered anew for each call: nothing is recorded."""
+    rates: Rates | None = None
+    """Of the device."""
     kept: set[int] = field(default_factory=set)
     """Identities of the storages that recordings write to."""
     _places: frozenset[int] | None = None
@@ -224,8 +226,11 @@ class RecordedCalls:
         if floating is None:
             return False
         fakes = [n.meta.get("val") for n in self.graph.nodes if n.op == "placeholder"]
-        rates = measured_rates(floating.device, floating.dtype)
-        return bound_by_host(self.graph, evaluator(fakes, arguments), rates)
+        if (
+            self.shared.rates is None
+        ):  # measuring takes memory: once, for the forward of a first block, as planning does
+            self.shared.rates = measured_rates(floating.device, floating.dtype)
+        return bound_by_host(self.graph, evaluator(fakes, arguments), self.shared.rates)
 
     def _record(self, key: Any, warm: Warm, arguments: list[Any]) -> Any:
         try:
