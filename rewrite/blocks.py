@@ -137,7 +137,7 @@ class StepMemory:
 
     def _kept(self, former: MemoryPlan | None) -> int:
         """Bytes that recordings keep for what is planned anew: saved values and gradients. Those of other sizes are resident."""
-        if self.recordings is None or former is None:
+        if self.recordings is None or not self.recordings.bytes or former is None:
             return 0
         gradients = sum(_here(p).nbytes for p in self.parameters if p.requires_grad)
         return min(self.recordings.bytes, sum(b.saved_bytes for b in former.blocks) + gradients)

@@ -126,10 +126,7 @@ class Recording:
             given = arguments[i]
             if ((given.shape, given.stride()) if isinstance(given, Tensor) else given) != wanted:
                 return False
-        for argument, place in zip(arguments, self.places, strict=True):
-            if place != -1 and argument.data_ptr() != place:
-                return False
-        return all(use_count(storage) <= unused for storage, unused, _ in self.watched)
+        return self.obstacle(arguments) is None
 
     def obstacle(self, arguments: Sequence[Any]) -> str | None:
         """Why a call cannot be replayed; None if it can."""

@@ -46,7 +46,7 @@ def capture_model(
     """
     prefix = next(path for path, module in model.named_modules() if module is root)
     plan = plan_sites(root, prefix)
-    recordings = Recordings(model.parameters) if cuda_graphs and _on_gpu(model) else None
+    recordings = Recordings(model.parameters) if cuda_graphs and on_gpu(model) else None
     steps = None if memory is None else StepMemory(plan.blocks, model, memory, recordings)
     installation = Installation(_session(model, passes, mode, verify, steps))
     _run_plan(installation, plan, [], run)
@@ -61,7 +61,8 @@ def capture_model(
     return again
 
 
-def _on_gpu(model: nn.Module) -> bool:
+def on_gpu(model: nn.Module) -> bool:
+    """Whether a parameter of ``model`` is on a GPU."""
     return any(p.device.type == "cuda" for p in model.parameters())
 
 

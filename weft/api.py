@@ -28,7 +28,7 @@ from weft.rewrite.examples import check_examples, make_examples
 from weft.rewrite.install import Installation
 from weft.rewrite.pipeline import Pass
 from weft.rewrite.state import preserved
-from weft.rewrite.whole import capture_model
+from weft.rewrite.whole import capture_model, on_gpu
 from weft.saving import describe
 from weft.wrappers import innermost
 
@@ -81,9 +81,7 @@ def optimize(
     """
     check_model(model)
     mode = _mode(model, mode)
-    _check_options(precision, calibration, keep_weights)
-    if not isinstance(cuda_graphs, bool):
-        raise OptionError(f"cuda_graphs is True or False, not {cuda_graphs!r}")
+    _check_options(precision, calibration, keep_weights, cuda_graphs)
     limit = _limit(model, mode, memory)
     root = innermost(model)
     if root in _installed:
@@ -166,8 +164,7 @@ def _passes(passes: Sequence[Pass] | None, mode: str) -> list[Pass]:
 def _limit(model: nn.Module, mode: str, memory: str | int | None) -> Limit | None:
     """Within what the steps of ``model`` are planned; None: they are not."""
     if memory is None:
-        on_gpu = any(p.device.type == "cuda" for p in model.parameters())
-        return "free" if mode == "train" and on_gpu else None
+        return "free" if mode == "train" and on_gpu(model) else None
     if mode != "train":
         raise OptionError(f"memory limits a training step, and mode is {mode!r}: leave it out")
     if memory == "min":
@@ -178,7 +175,9 @@ def _limit(model: nn.Module, mode: str, memory: str | int | None) -> Limit | Non
         raise OptionError(f'memory takes bytes, text such as "24GB", or "min": {error}') from error
 
 
-def _check_options(precision: Any, calibration: Any, keep_weights: Any) -> None:
+def _check_options(precision: Any, calibration: Any, keep_weights: Any, cuda_graphs: Any) -> None:
+    if not isinstance(cuda_graphs, bool):
+        raise OptionError(f"cuda_graphs is True or False, not {cuda_graphs!r}")
     if precision is not None and not isinstance(precision, PrecisionBudget | PrecisionPlan):
         raise OptionError(f"precision takes a PrecisionBudget or a PrecisionPlan, not a {type(precision).__name__}")
     if precision is None and (calibration is not None or keep_weights):

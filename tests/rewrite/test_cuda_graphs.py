@@ -183,9 +183,7 @@ def test_an_input_that_stayed_and_has_moved_is_read_where_it_is() -> None:
     model, plain = both()
     for seed in range(4):
         same(step(model, seed), step(plain, seed))
-    held = model(
-        inputs(5)
-    )  # the last run of the first block's recording is in use: the second finds its input elsewhere
+    held = model(inputs(5))  # the first block's last results are in use: the second finds its input elsewhere
     for seed in range(2):
         same([model(inputs(seed))[-1]], [plain(inputs(seed))[-1]])
     assert model.recordings.notes.keys() <= {IN_USE, MOVED}

@@ -21,7 +21,7 @@ WIDE = {"hidden_size": 64, "intermediate_size": 128}
 def _recorded_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cuda_graphs, "bound_by_host", lambda *_: True)
     if not ON_GPU:
-        monkeypatch.setattr(whole, "_on_gpu", lambda _: True)
+        monkeypatch.setattr(whole, "on_gpu", lambda _: True)
         monkeypatch.setattr(whole, "Recordings", lambda parameters: Stand(parameters, DEVICE))
 
 
