@@ -7,13 +7,15 @@ of its own, so:
 
 - an input that stays where it is (a parameter, what another recording wrote) is read there; any other is copied to a place
   kept for it, and one that stayed and has moved makes the call run kernel by kernel;
-- results that are still in use since the last replay are not overwritten: the call runs kernel by kernel. Gradients that stay
-  in use, as they do where several batches add up to a step, are handed over as copies from then on.
+- results that are still in use since the last replay are not overwritten, nor are those of other recordings: the call runs
+  kernel by kernel. Gradients that stay in use, as they do where several batches add up to a step, are handed over as copies
+  from then on.
 
 Random numbers are drawn anew by each replay, as by a call: torch's generator hands its state to a CUDA graph.
 
-What a recording needs while it runs comes from one pool for all of them: they run one after the other, in whatever order. The
-results, which outlive that, are copied out of it.
+What a recording needs while it runs, and the results of forwards, come from one pool for all of them. What lies there for a
+moment may be where the results of a recording made later will be, since it was free by then; so no recording is replayed while
+results of later ones are in use. In the order of a step, in which they were made, that never stands in the way.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from .errors import first_line
 from .joint import Function, is_mutating, is_view
 from .rates import Rates, measured_rates
 from .recompute import node_seconds
-from .recording import IN_USE, Graph, Recording, Warm, record
+from .recording import IN_USE, Graph, Kept, Recording, Warm, record
 from .sizes import Evaluate, evaluator
 
 _log = logging.getLogger(__name__)
@@ -43,6 +45,8 @@ MOST_SIZES = 16
 
 REMEMBERED = 256
 """Sizes of calls of which it is remembered whether they are recorded."""
+
+LATER = "results of a recording made later are in use"
 
 HOST_SECONDS = 50e-6
 """What the host takes for a call of an operator, of which ours launch several kernels each."""
@@ -59,9 +63,7 @@ class Recordings:
 
     parameters: Callable[[], Iterable[Tensor]]
     device_type: str = "cuda"
-    count: int = 0
-    bytes: int = 0
-    """Kept between steps."""
+    made: list[Recording] = field(default_factory=list)
     replays: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     """Why calls of these sizes ran kernel by kernel, and how many."""
@@ -69,8 +71,9 @@ class Recordings:
     """Parameters are gathered anew for each call: nothing is recorded."""
     rates: Rates | None = None
     """Of the device."""
-    kept: set[int] = field(default_factory=set)
-    """Identities of the storages that recordings write to."""
+    kept: Kept = field(default_factory=Kept)
+    _unused_after: int = -1
+    """Of recordings made after this one no result is in use."""
     _places: frozenset[int] | None = None
     _pool: Any = None
     _stream: Any = None
@@ -92,11 +95,24 @@ class Recordings:
         """A call runs kernel by kernel."""
         self.notes[reason] = self.notes.get(reason, 0) + 1
 
-    def keep(self, recording: Recording) -> None:
-        """It was made, and will write to its storages."""
-        self.count += 1
-        self.bytes += sum(s.nbytes() for s in recording.storages)
-        self.kept |= {s._cdata for s in recording.storages}
+    @property
+    def count(self) -> int:
+        """Of recordings."""
+        return len(self.made)
+
+    @property
+    def bytes(self) -> int:
+        """Kept between steps."""
+        return self.kept.bytes
+
+    def overwrites_no_other(self, recording: Recording) -> bool:
+        """Whether it may run next. Results come into use by a replay alone: each recording is looked at once a step."""
+        while self._unused_after > recording.number:
+            if self.made[self._unused_after].is_in_use:
+                return False
+            self._unused_after -= 1
+        self._unused_after = recording.number
+        return True
 
     def remarks(self) -> list[str]:
         """What was recorded and replayed, and what was not, for the report."""
@@ -106,8 +122,8 @@ class Recordings:
             *(f"CUDA graphs: {n} calls ran kernel by kernel: {why}" for why, n in self.notes.items()),
         ]
 
-    def capture(self, function: Function, inputs: Sequence[Any]) -> Graph:
-        """Record ``function`` without running it. ``torch.cuda.graph`` would collect garbage before each of some sixty.
+    def capture(self, function: Function, inputs: Sequence[Any]) -> tuple[Graph, Sequence[Any]]:
+        """Record ``function`` without running it; what it returned. ``torch.cuda.graph`` would collect garbage each time.
 
         Raises:
             RuntimeError: it waits for the device, or does something else that no CUDA graph can hold.
@@ -120,11 +136,11 @@ class Recordings:
         with torch.cuda.stream(self._stream):
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                function(list(inputs))
+                results = function(list(inputs))
             finally:
                 graph.capture_end()
         current.wait_stream(self._stream)
-        return graph
+        return graph, results
 
     def recorded(self, function: Function, graph: fx.Graph, backward: bool) -> Function:
         """``function``, which runs ``graph``, with its calls recorded where that is worth it."""
@@ -163,7 +179,7 @@ class RecordedCalls:
     def __call__(self, arguments: list[Any]) -> Any:
         if self.anchor is not None:
             for recording in self.at.get(arguments[self.anchor].data_ptr(), ()):
-                if recording.fits(arguments):
+                if recording.fits(arguments) and self.shared.overwrites_no_other(recording):
                     self.shared.replays += 1
                     return recording.run(arguments)
         return self._slowly(arguments)
@@ -176,6 +192,8 @@ class RecordedCalls:
         found = self.known.setdefault(key, Warm())
         if isinstance(found, Recording):
             obstacle = found.obstacle(arguments)
+            if obstacle is None and not self.shared.overwrites_no_other(found):
+                obstacle = LATER
             if obstacle is None:
                 self.shared.replays += 1
                 return found.run(arguments)
@@ -235,19 +253,21 @@ class RecordedCalls:
     def _record(self, key: Any, warm: Warm, arguments: list[Any]) -> Any:
         try:
             shared = self.shared
-            recording = record(self.function, arguments, warm, shared.capture, shared.kept, shared.places)
+            made = self.backward, shared.count
+            recording = record(self.function, arguments, warm, shared.capture, shared.kept, shared.places, *made)
         except Exception as error:  # what cannot be recorded runs as before, and the report says why
             _log.debug("recording failed", exc_info=True)
             self.known[key] = None
             self.shared.note(f"cannot be recorded: {first_line(error)}")
             return self.function(arguments)
         self.known[key] = recording
-        self.shared.keep(recording)
+        self.shared.made.append(recording)
         if self.anchor is None:
             anchors = (i for i, place in enumerate(recording.places) if place in self.shared.places)
             self.anchor = next(anchors, None)
         if self.anchor is not None:
             self.at.setdefault(arguments[self.anchor].data_ptr(), []).append(recording)
+        shared.overwrites_no_other(recording)  # for none was made later
         return recording.run(arguments)
 
 

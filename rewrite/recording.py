@@ -1,4 +1,10 @@
-"""One call of a function of tensors, recorded: what it reads where it lies, what it is given copies of, what it returns."""
+"""One call of a function of tensors, recorded: what it reads where it lies, what it is given copies of, what it returns.
+
+Results of a forward stay where the graph computed them, in the memory of all graphs: nobody else's results come to lie there,
+but what recordings made before needed while they ran may have lain there too. Results of a backward outlive replays of other
+graphs (gradients to which others are added) and are copied to memory of their own; large ones, of which a backward passes one
+on to the next, to memory that is lent to whichever recording finds it unused.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +30,11 @@ class Graph(Protocol):
         ...
 
 
-Capture = Callable[[Function, Sequence[Any]], Graph]
+Capture = Callable[[Function, Sequence[Any]], tuple[Graph, Sequence[Any]]]
+"""Records a call without running it, and returns what will hold the results."""
+
+LARGE = 2**20
+"""Bytes of a result from which on memory is saved, rather than launches: a copy takes longer than a launch."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +49,11 @@ class Fresh:
     def empty(self) -> Tensor:
         """Such a tensor."""
         return torch.empty_strided(self.size, self.stride, dtype=self.dtype, device=self.device)
+
+    @property
+    def nbytes(self) -> int:
+        """Of its elements."""
+        return self.size.numel() * self.dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -86,10 +101,49 @@ def _form(result: Any, given: Sequence[Any]) -> Any:
 
 
 @dataclass
+class Kept:
+    """Memory that outlives calls, of all recordings.
+
+    Attributes:
+        storages: identities of those that recordings write to.
+        bytes: of them.
+        lent: by form, tensors that several recordings write their results to, and how often each is referred to if unused.
+    """
+
+    storages: set[int] = field(default_factory=set)
+    bytes: int = 0
+    lent: dict[Fresh, list[tuple[Tensor, int]]] = field(default_factory=dict)
+
+    def add(self, storages: Sequence[torch.UntypedStorage]) -> None:
+        """What a recording writes to."""
+        self.bytes += sum(s.nbytes() for s in storages if s._cdata not in self.storages)
+        self.storages |= {s._cdata for s in storages}
+
+    def targets(self, results: Sequence[Any]) -> dict[int, Tensor]:
+        """By position, where the results of a backward go."""
+        targets: dict[int, Tensor] = {}
+        for i, form in enumerate(results):
+            if isinstance(form, Fresh):
+                targets[i] = form.empty() if form.nbytes < LARGE else self._lend(form, list(targets.values()))
+        return targets
+
+    def _lend(self, form: Fresh, taken: Sequence[Tensor]) -> Tensor:
+        lent = self.lent.setdefault(form, [])
+        for tensor, unused in lent:
+            if use_count(tensor.untyped_storage()) <= unused and all(tensor is not t for t in taken):
+                return tensor
+        tensor = form.empty()
+        lent.append((tensor, use_count(tensor.untyped_storage())))
+        return tensor
+
+
+@dataclass
 class Recording:
     """One call of a function, recorded.
 
     Attributes:
+        number: of those made before it.
+        pooled: whether its results lie where graphs compute.
         places: of each input the address that is read; -1 for numbers and for what is copied.
         copies: by position, what is read in place of inputs that do not stay where they are.
         results: tensors that the next replay overwrites, :class:`Seen` and numbers.
@@ -101,6 +155,8 @@ class Recording:
         in_use: of those that stood in the way of the last call.
     """
 
+    number: int
+    pooled: bool
     graph: Graph
     places: list[int]
     copies: dict[int, Tensor]
@@ -119,6 +175,11 @@ class Recording:
     def storages(self) -> list[torch.UntypedStorage]:
         """What a replay writes to."""
         return [storage for storage, *_ in self.watched]
+
+    @property
+    def is_in_use(self) -> bool:
+        """Whether somebody refers to results where graphs made before compute."""
+        return self.pooled and any(use_count(storage) > unused for storage, unused, _ in self.watched)
 
     def fits(self, arguments: Sequence[Any]) -> bool:
         """Whether a call is this one, and can be replayed."""
@@ -163,15 +224,17 @@ class Recording:
 
 
 def record(
-    function: Function, arguments: Sequence[Any], warm: Warm, capture: Capture, kept: Set[int], places: Set[int]
-) -> Recording:
+    function: Function, arguments: Sequence[Any], warm: Warm, capture: Capture, kept: Kept, places: Set[int],
+    backward: bool, number: int,
+) -> Recording:  # fmt: skip
     """``function``, recorded for a call with ``arguments`` that is still to be run.
 
     Args:
         warm: of the call before.
-        capture: records a function for these inputs without running it; its results are not looked at.
-        kept: identities of the storages that other recordings write to.
+        capture: records a function for these inputs.
+        kept: memory of all recordings, to which that of this one is added.
         places: where parameters lie.
+        number: of recordings made before.
 
     Raises:
         RuntimeError: as ``capture``; or a result is a view of an input that no copy can be laid out like.
@@ -179,16 +242,16 @@ def record(
     copies = {
         i: torch.empty_like(a, requires_grad=False)
         for i, (a, seen) in enumerate(zip(arguments, warm.storages, strict=True))
-        if isinstance(a, Tensor) and not _stays(a, seen, kept)
+        if isinstance(a, Tensor) and not _stays(a, seen, kept.storages)
     }
     sources = {r.source for r in warm.results if isinstance(r, Seen)}
     if any(copies[i].stride() != arguments[i].stride() for i in sources & set(copies)):
         raise RuntimeError("a result is a view of an input with gaps")
     inputs = [copies.get(i, a) for i, a in enumerate(arguments)]
     read = [a.data_ptr() if isinstance(a, Tensor) and i not in copies else -1 for i, a in enumerate(inputs)]
-    results = [r.empty() if isinstance(r, Fresh) else r for r in warm.results]
+    graph, made = capture(_copying(function, kept.targets(warm.results) if backward else {}), inputs)
+    results = [r if isinstance(r, Seen) else m for r, m in zip(warm.results, made, strict=True)]
     own = {i: r for i, r in enumerate(results) if isinstance(r, Tensor)}
-    graph = capture(_copying(function, own), inputs)
     storages = [(t.untyped_storage(), i) for i, t in (*((None, c) for c in copies.values()), *own.items())]
     varying = [
         (i, (a.shape, a.stride()) if isinstance(a, Tensor) else a)
@@ -200,18 +263,20 @@ def record(
         for i, r in enumerate(results)
         if isinstance(r, Seen) and r.source not in copies and r.of(arguments[r.source]) is arguments[r.source]
     ]
+    kept.add([s for s, _ in storages])
     watched = [(s, use_count(s), i) for s, i in storages]
-    return Recording(graph, read, copies, results, watched, varying, passed)
+    return Recording(number, not backward, graph, read, copies, results, watched, varying, passed)
 
 
 def _copying(function: Function, targets: Mapping[int, Tensor]) -> Function:
     """``function``, which copies its results at these positions there."""
 
-    def run(arguments: list[Any]) -> None:
-        results = function(arguments)
+    def run(arguments: list[Any]) -> list[Any]:
+        results = list(function(arguments))
         if targets:
             into, made = list(targets.values()), [results[i] for i in targets]
             torch._foreach_copy_(into, made)  # pyright: ignore[reportPrivateImportUsage]  (one launch for many tensors)
+        return [targets.get(i, r) for i, r in enumerate(results)]
 
     return run
 

@@ -44,6 +44,8 @@ def masked(kind: str, batch: int, heads: int, length: int, keys: int, dtype: tor
 
 def library(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: bool, scale: float | None) -> Tensor:
     """What a model without the operator computes: its rounding is what the operator is judged by."""
+    if not q.numel():  # of no rows in 16 bits torch 2.11 returns no tensor on a GPU
+        return reference(q, k, v, mask, is_causal=is_causal, scale=scale)
     k, v = repeated(k, q.shape[1]), repeated(v, q.shape[1])
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
 
@@ -138,10 +140,8 @@ def test_a_mask_that_learns_gets_its_gradient(length: int, tracked: tuple[int, .
     shapes = [(2, h, length, 8) for h in (4, 2, 2)]
     q, k, v = (laid(i, s, torch.float32, "by token").requires_grad_(i in tracked) for i, s in enumerate(shapes))
     mask = normal(3, (1, 4, length, length), torch.float32).requires_grad_()
-    leaves = [t for t in (q, k, v, mask) if t.requires_grad]
-    both = (torch.autograd.grad(f(q, k, v, mask).square().sum(), leaves) for f in (attention, reference))
-    for got, wanted in zip(*both, strict=True):
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    inputs = {"q": q, "k": k, "v": v, "mask": mask, "is_causal": False, "scale": None}
+    assert_accurate(attention, library, inputs, reduction=80, scale=10.0)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

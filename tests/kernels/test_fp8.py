@@ -22,6 +22,8 @@ from .linear_cases import BACKENDS, DEVICE, MEMORY, adapters, cases, lay, maybe,
 SIZES = st.sampled_from((0, 1, 3, 7, 8, 16, 21, 33))
 SMALL: dict[str, Any] = {"ROWS": 32, "COLS": 32, "TILES": 2}
 """Tiles of which a small matrix has several."""
+NATIVE = DEVICE == "cuda" and not fp8.missing(torch.device(DEVICE))
+"""The matrix units compute, which take not every size."""
 KINDS = ("rows", "columns", "nf4", "fp4")
 LEADS = ((), (0,), (1,), (17,), (3, 8), (2, 0), (2, 1, 9))
 fewer = settings(cases, max_examples=30)
@@ -69,7 +71,7 @@ def assert_nearest(x: Tensor, q: Tensor, scale: Tensor) -> None:
     scaled = x / scale
     place = torch.exp2(scaled.abs().clamp_min(2.0**-6).log2().floor() - 3)
     assert bool((scaled - q).abs().le(place / 2).all()) and bool(scaled.abs().le(448).all())
-    assert bool((scale.log2() == scale.log2().round()).all())
+    assert bool((torch.frexp(scale).mantissa == 0.5).all()), "no power of two"
     if x.shape[1]:
         smaller = scaled.abs().amax(1) * 2 <= 448
         assert bool((scale[smaller, 0] == fp8.SMALLEST_SCALE).all())
@@ -116,6 +118,8 @@ def test_the_backward_sees_the_weight_of_the_forward() -> None:
 @given(data=st.data())
 def test_a_product_is_within_its_bound(dtype: torch.dtype, data: st.DataObject) -> None:
     m, n, k = data.draw(SIZES), data.draw(SIZES), data.draw(SIZES)
+    if NATIVE:
+        n, k = (size * fp8.MULTIPLE for size in (n, k))
     spread, seed = data.draw(st.sampled_from((0.0, 1.0, 3.0))), data.draw(st.integers(0, 2**20))
     left, right = (
         normal(i + seed, s, dtype, 0.1) * (normal(i + 9, s, torch.float32) * spread).exp2().to(dtype)
@@ -124,7 +128,10 @@ def test_a_product_is_within_its_bound(dtype: torch.dtype, data: st.DataObject) 
     found = fp8.multiply(fp8.quantize_rows(left), fp8.quantize_rows(right), dtype)
     off = (found.double() - left.double() @ right.double().t()).abs()
     assert found.dtype == dtype and found.is_contiguous() and found.shape == (m, n)
-    assert bool(off.le(fp8.error_bound(left, right)).all())
+    subnormal = (
+        torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
+    )  # results that small are rounded to multiples of it
+    assert bool(off.le(fp8.error_bound(left, right) + subnormal).all())
 
 
 # the linears ----------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from weft.rewrite import cuda_graphs
-from weft.rewrite.cuda_graphs import Recordings
+from weft.rewrite.cuda_graphs import LATER, Recordings
 from weft.rewrite.recording import IN_USE, MOVED
 
 from ..graphs import cases, normal
@@ -106,7 +106,7 @@ def test_steps_are_recorded_the_third_time_and_replayed_from_then_on() -> None:
     assert "6 recordings" in model.recordings.remarks()[0]
 
 
-ACTIONS = ("step", "add", "keep", "forward", "two", "longer", "update", "move", "in place")
+ACTIONS = ("step", "add", "keep", "keep last", "forward", "two", "longer", "update", "move", "in place")
 
 
 @settings(cases, max_examples=max(6, cases.max_examples // 30))
@@ -122,7 +122,7 @@ def test_whatever_happens_between_the_steps(actions: Sequence[str]) -> None:
         same(*found)
         for tensors, copies in zip(kept[::2], kept[1::2], strict=True):
             same(tensors, copies)
-        if action == "keep":
+        if action.startswith("keep"):
             kept += [found[0], [t.clone() for t in found[1]]]
 
 
@@ -130,6 +130,8 @@ def act(model: Model, action: str, seed: int) -> list[Tensor]:
     """What a user may do; the numbers that come of it."""
     if action == "keep":  # results of a forward that nobody differentiates, held on to
         return [o.detach() for o in model(inputs(seed))]
+    if action == "keep last":  # of the block that was recorded last
+        return [model(inputs(seed))[-1].detach()]
     if action == "forward":
         return [model(inputs(seed))[-1].sum().detach()]
     if action == "two":  # two forwards before either backward
@@ -177,6 +179,20 @@ def test_results_that_are_kept_are_not_overwritten() -> None:
     model(inputs(10))
     same(kept, copies)
     assert model.recordings.replays == replays and model.recordings.notes == {IN_USE: 1, MOVED: 2}
+
+
+def test_what_lies_where_others_compute_is_not_overwritten() -> None:
+    model, plain = both()
+    for seed in range(4):
+        step(model, seed)
+    kept = model(inputs(9))[-1].detach()
+    copy, replays = kept.clone(), model.recordings.replays
+    same([model(inputs(10))[-1]], [plain(inputs(10))[-1]])
+    same([kept], [copy])
+    assert model.recordings.replays == replays and model.recordings.notes == {LATER: 1, MOVED: 2}
+    del kept
+    same(step(model, 3), step(plain, 3))
+    assert model.recordings.replays == replays + 6
 
 
 def test_an_input_that_stayed_and_has_moved_is_read_where_it_is() -> None:

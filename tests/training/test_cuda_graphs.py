@@ -48,7 +48,7 @@ def test_steps_of_a_trained_model() -> None:
             optimizer.step()
             optimizer.zero_grad()
     recordings = pair[0].rewrite_report.steps.recordings
-    assert recordings.count == 8 and recordings.replays >= 4 * 8
+    assert recordings.count == 8 and recordings.replays >= 4 * 8, recordings.notes
     assert "8 recordings" in str(pair[0].rewrite_report)
     weft.undo(pair[0])
     assert_same(*(outcome(m, batch_of(9)) for m in pair), rounding=1e-3)
@@ -71,7 +71,8 @@ def test_accumulated_gradients_padding_and_evaluation() -> None:
         with torch.no_grad():
             losses = [m(**batch_of(100 + seed)).loss for m in (model, plain)]
         torch.testing.assert_close(*losses, rtol=1e-4, atol=1e-5)
-    assert model.rewrite_report.steps.recordings.replays > 20
+    recordings = model.rewrite_report.steps.recordings
+    assert recordings.replays > 20, recordings.notes
 
 
 def test_not_if_it_is_not_wanted() -> None:
