@@ -141,7 +141,8 @@ def test_a_mask_that_learns_gets_its_gradient(length: int, tracked: tuple[int, .
     q, k, v = (laid(i, s, torch.float32, "by token").requires_grad_(i in tracked) for i, s in enumerate(shapes))
     mask = normal(3, (1, 4, length, length), torch.float32).requires_grad_()
     inputs = {"q": q, "k": k, "v": v, "mask": mask, "is_causal": False, "scale": None}
-    assert_accurate(attention, library, inputs, reduction=80, scale=10.0)
+    # the library keeps what a backward needs only if q, k or v asks for one
+    assert_accurate(attention, library if tracked else reference, inputs, reduction=80, scale=10.0)
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])

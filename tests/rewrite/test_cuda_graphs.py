@@ -13,10 +13,11 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from weft.rewrite import cuda_graphs
-from weft.rewrite.cuda_graphs import LATER, Recordings
+from weft.rewrite.cuda_graphs import LATER, Recordings, bound_by_host
+from weft.rewrite.rates import Rates
 from weft.rewrite.recording import IN_USE, MOVED
 
 from ..graphs import cases, normal
@@ -254,3 +255,16 @@ def test_sharded_parameters_are_not_recorded() -> None:
     for seed in range(4):
         same(step(model, seed), step(plain, seed))
     assert model.recordings.count == 0
+
+
+def test_what_the_host_is_slower_at_is_recorded() -> None:
+    """Products of 2·n³ operations on a device of 10¹² a second, and a host that takes 13 · 5 µs to launch one."""
+    rates = Rates(copy=1e15, product=1e12, host=0.0, call=5e-6)
+    for n, worth in ((256, True), (330, False)):  # 33.6 and 71.9 µs, and a call's own 5
+        graph = fx.Graph()
+        a, b = (graph.placeholder(name) for name in "ab")
+        graph.output(graph.call_function(torch.ops.aten.mm.default, (a, b)))
+        for node in graph.nodes:
+            node.meta["val"] = torch.empty(n, n, device="meta")
+        assert bound_by_host(graph, int, rates, 1.0) is worth
+        assert bound_by_host(graph, int, rates, 0.5)

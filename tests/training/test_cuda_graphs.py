@@ -38,7 +38,9 @@ def both(**options: Any) -> tuple[Any, Any]:
 
 
 def test_steps_of_a_trained_model() -> None:
-    pair = both()
+    pair = (
+        both()
+    )  # on a GPU its attention in float32 is torch's, whose backward is another call once the forward is recorded
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in pair]
     for seed in range(7):
         for m in pair:
@@ -48,7 +50,7 @@ def test_steps_of_a_trained_model() -> None:
             optimizer.step()
             optimizer.zero_grad()
     recordings = pair[0].rewrite_report.steps.recordings
-    assert recordings.count == 8 and recordings.replays >= 4 * 8, recordings.notes
+    assert recordings.count == 8 and recordings.replays >= 4 * 8 - 2 * 4 * ON_GPU, recordings.notes
     assert "8 recordings" in str(pair[0].rewrite_report)
     weft.undo(pair[0])
     assert_same(*(outcome(m, batch_of(9)) for m in pair), rounding=1e-3)
