@@ -45,9 +45,13 @@ MULTIPLE = 16
 """Of this many elements are both sizes of a weight: ``torch._scaled_mm`` takes no others."""
 FEW_ROWS = 16
 """Up to here a product reads the weight as it is stored."""
-FAST_ACCUMULATION = False
-"""Whether whole sums stay in the matrix units, which on Hopper keep some 14 bits of them: up to 2 % of a sum of 4096 terms
-are lost (DeepSeek-V3, arXiv:2412.19437, 3.3.2), beyond :func:`error_bound`. Else parts are added up in float32."""
+FAST_ACCUMULATION = True
+"""Whether whole sums stay in the matrix units, which on Hopper keep some 14 bits of them (DeepSeek-V3, arXiv:2412.19437, 3.3.2);
+else parts are added up in float32. Products of normal numbers on an H200 are off by 3.773 % instead of 3.771 % over 4096 terms,
+by 3.819 instead of 3.809 over 14336: rounding to e4m3 hides it; and take 630 µs instead of 695 (8192 × 4096 → 14336), 646 instead
+of 686 (8192 × 14336 → 4096)."""
+STEP, LOST = 32, 2.0**-13
+"""Terms that a matrix unit adds at once, and what may be lost then of the sum of magnitudes so far."""
 PER_THREAD = 32
 ROWS, COLS, TILES, WARPS = 64, 64, 8, 4
 """Tile of the kernels on columns, how many of them one program looks through for the amax, and their warps."""
@@ -254,13 +258,15 @@ def multiply(left: Quantized, right: Quantized, dtype: torch.dtype, bias: Tensor
 def error_bound(left: Tensor, right: Tensor) -> Tensor:
     """How far each element of left · rightᵀ may be off in FP8, (m, n) in float64, for (m, k) and (n, k).
 
-        (2u + u² + r) |x| |W|ᵀ + (1 + u) v (s_x Σ|W| + s_W Σ|x|) + k v² s_x s_W
+        (2u + u² + r + l k) |x| |W|ᵀ + (1 + u) v (s_x Σ|W| + s_W Σ|x|) + k v² s_x s_W
 
-    with u = :data:`ROUNDING`, v = :data:`UNDERFLOW`, r = :data:`OTHERWISE`: what (|x| + |δx|)(|W| + |δW|) exceeds
-    |x| |W| by, where |δ| ≤ u |·| + v s, and r for what else is rounded.
+    with u = :data:`ROUNDING`, v = :data:`UNDERFLOW`, r = :data:`OTHERWISE`, l = :data:`LOST` / :data:`STEP`: what
+    (|x| + |δx|)(|W| + |δW|) exceeds |x| |W| by, where |δ| ≤ u |·| + v s; r for what else is rounded, l k for what matrix
+    units lose.
     """
     x, w = left.double().abs(), right.double().abs()
     s, t = (quantize_reference(m)[1].double() for m in (left, right))
     u, v = ROUNDING, UNDERFLOW
     tiny = s[:, None] * w.sum(1) + t * x.sum(1)[:, None]
-    return (2 * u + u**2 + OTHERWISE) * (x @ w.t()) + (1 + u) * v * tiny + x.shape[1] * v**2 * s[:, None] * t
+    lost = FAST_ACCUMULATION * LOST / STEP * x.shape[1]
+    return (2 * u + u**2 + OTHERWISE + lost) * (x @ w.t()) + (1 + u) * v * tiny + x.shape[1] * v**2 * s[:, None] * t

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, Literal
 
 import torch
@@ -14,13 +16,16 @@ from .cuda_graphs import Recordings
 from .joint import JointGraph
 from .offload import HostStore
 from .rates import Rates, measured_rates
-from .recompute import BlockCosts, BlockMemory, Head, MemoryPlan, Option, activation, block_costs, choose_options
+from .recompute import BlockCosts, BlockMemory, Head, MemoryPlan, Option, activation, block_costs, options_within
 
 ADAM_BYTES = 8
 """Of optimizer state for each trained number, as long as there is none to be seen: AdamW's two moments in float32."""
 
 FILLED = 0.95
 """Of the memory that is free, what may be planned with: the allocator's blocks do not fit together without gaps."""
+
+HOST_SHARE = 0.25
+"""Of the host's memory, what may hold what blocks save: pinned, nobody else can have it."""
 
 REMEMBERED = 256
 """Sizes of calls whose options are kept. A call no larger than one that left room to save all is not looked at anew."""
@@ -159,8 +164,11 @@ class StepMemory:
             to_come = [key, *((path, 0) for path in self.paths if path not in seen)]
         else:
             to_come = [key, *(k for k in expected if k not in self._called)]
-        room = (plan.limit or 0) - plan.resident - plan.working - sum(b.saved_bytes for b in plan.blocks[:done])
-        chosen = choose_options([self._costs.get(k, like) for k in to_come], room)
+        room = None
+        if plan.limit is not None:
+            room = plan.limit - plan.resident - plan.working - sum(b.saved_bytes for b in plan.blocks[:done])
+        host = host_memory() - sum(b.host_bytes for b in plan.blocks[:done])
+        chosen = options_within([self._costs.get(k, like) for k in to_come], room, host)
         self._chosen |= dict(zip(to_come, chosen, strict=True))
         plan.blocks[done:] = [_record(path, o) for (path, _), o in zip(to_come, chosen, strict=True)]
 
@@ -185,7 +193,7 @@ class StepMemory:
             return nullcontext()
         if self._store is None:
             self._store = HostStore(given.device)
-        return self._store.offloading(given)
+        return self._store.offloading(given, args if option.all_away else None)
 
 
 def _record(path: str, option: Option) -> BlockMemory:
@@ -260,6 +268,12 @@ def resident_bytes(parameters: Sequence[Tensor], buffers: Iterable[Tensor], devi
     held = [*parameters, *buffers, *(p.grad for p in parameters if p.grad is not None)]
     storages = [_here(t).untyped_storage() for t in held]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
+
+
+@cache
+def host_memory() -> int:
+    """Bytes of the host's memory that may be pinned for what blocks save."""
+    return int(HOST_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
 def _here(tensor: Tensor) -> Tensor:

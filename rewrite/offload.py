@@ -1,16 +1,17 @@
-"""Keeps an activation in the host's memory between forward and backward.
+"""Keeps what blocks save in the host's memory between forward and backward: their inputs, or all that is large.
 
 Copies go over a stream of their own, beside the computation. No tensor is marked as used by that stream: the allocator would
 hold it until it sees the copy done, and since the host runs ahead of the device by many blocks, all would be held. Instead the
-computation waits, two blocks later, for the copy to be over, and what it then frees is free at once. The backward of one block
-begins the copy for the block that comes after it. All copies are in order on their stream: a pinned buffer may be written again
-as soon as the copy out of it has been queued.
+computation waits, when the next block has something to copy, for these copies to be over, and what it then frees is free at
+once. The backward of one block begins the copies for the block that comes after it. All copies are in order on their stream: a
+pinned buffer may be written again as soon as the copy out of it has been queued.
 """
 
 from __future__ import annotations
 
 import weakref
 from collections import deque
+from collections.abc import Iterable
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -18,72 +19,112 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-IN_FLIGHT = 2
-"""Copies to the host that the computation may be ahead of."""
+IN_FLIGHT = 1
+"""Blocks whose copies to the host the computation may be ahead of."""
+LARGE = 2**20
+"""Bytes below which a tensor stays: that is a block's every row in a narrow tensor, and costs a copy's launch."""
+
+
+class Group:
+    """What one call of a block has in the host's memory."""
+
+    def __init__(self) -> None:
+        self._items: list[weakref.ref[Offloaded]] = []
+
+    def add(self, item: Offloaded) -> None:
+        """It is saved."""
+        self._items.append(weakref.ref(item))
+
+    @property
+    def items(self) -> list[Offloaded]:
+        """Those that a backward may still ask for."""
+        return [item for ref in self._items if (item := ref()) is not None]
 
 
 class HostStore:
-    """The offloaded activations of one model, in the order of its blocks."""
+    """What one model has in the host's memory, in the order of its blocks."""
 
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._free: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._leaving: deque[tuple[Tensor, Any]] = deque()
-        self._waiting: list[weakref.ref[Offloaded]] = []
+        self._leaving: deque[list[tuple[Tensor, Any]]] = deque()
+        self._waiting: list[Group] = []
 
-    def offloading(self, activation: Tensor) -> AbstractContextManager[Any]:
-        """While entered, ``activation`` is saved for a backward in the host's memory; what else is saved stays."""
+    def offloading(self, activation: Tensor, given: Iterable[Any] | None = None) -> AbstractContextManager[Any]:
+        """While entered, ``activation`` is saved for a backward in the host's memory; what else is saved stays.
+
+        Args:
+            given: the arguments of the call; all that is saved besides them, and is large, goes with ``activation``.
+        """
         # what is saved holds on to the hooks, which must not hold on to the activation
         address, shape = activation.data_ptr(), activation.shape
+        stay = None if given is None else {a.untyped_storage()._cdata for a in given if isinstance(a, Tensor)}
+        group = Group()
 
         def pack(saved: Tensor) -> Any:
-            return self._out(saved) if (saved.data_ptr(), saved.shape) == (address, shape) else saved
+            goes = (saved.data_ptr(), saved.shape) == (address, shape)
+            return self._out(saved, group) if goes or (stay is not None and _may_go(saved, stay)) else saved
 
         return saved_tensors_hooks(pack, lambda kept: kept.back() if isinstance(kept, Offloaded) else kept)
 
-    def _out(self, saved: Tensor) -> Offloaded:
-        free = self._free.setdefault((saved.shape, saved.dtype), [])
-        buffer = free.pop() if free else torch.empty(saved.shape, dtype=saved.dtype, pin_memory=True)
+    def _out(self, saved: Tensor, group: Group) -> Offloaded:
+        free = self._free.setdefault(_form(saved), [])
+        buffer = free.pop() if free else torch.empty_like(saved, device="cpu", pin_memory=True)
         current = torch.cuda.current_stream(saved.device)
+        if not self._waiting or self._waiting[-1] is not group:
+            self._waiting.append(group)
+            self._leaving.append([])
+            self._let_go(current, IN_FLIGHT + 1)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             buffer.copy_(saved, non_blocking=True)
             gone = self._stream.record_event()
-        self._leaving.append((saved.detach(), gone))
-        self._let_go(current, IN_FLIGHT)
-        kept = Offloaded(self, buffer, saved.device)
-        self._waiting.append(weakref.ref(kept))
+        self._leaving[-1].append((saved.detach(), gone))
+        kept = Offloaded(self, group, buffer, saved.device)
+        group.add(kept)
         return kept
 
     def _let_go(self, current: torch.cuda.Stream, ahead: int) -> None:
-        """Free what has been copied, but for the last ``ahead``."""
+        """Free what has been copied, but for the last ``ahead`` blocks."""
         while len(self._leaving) > ahead:
-            _, gone = self._leaving.popleft()
-            current.wait_event(gone)
+            for _, gone in self._leaving.popleft():
+                current.wait_event(gone)
 
     def fetch(self, kept: Offloaded) -> Tensor:
-        """``kept`` on the device again, and the copy of the one before it begun."""
+        """``kept`` on the device again, and the copies of its block and of the block before it begun."""
         current = torch.cuda.current_stream(kept.device)
         self._let_go(current, 0)
+        self._waiting = [g for g in self._waiting if g.items and g is not kept.group]
+        for group in (kept.group, *self._waiting[-1:]):
+            for item in group.items:
+                item.start(self._stream)
         tensor, arrived = kept.start(self._stream)
         current.wait_event(arrived)
-        self._waiting = [r for r in self._waiting if r() is not None and r() is not kept]
-        before = self._waiting[-1]() if self._waiting else None
-        if before is not None:
-            before.start(self._stream)
         return tensor
 
     def release(self, buffer: Tensor) -> None:
         """``buffer`` may be written again."""
-        self._free[buffer.shape, buffer.dtype].append(buffer)
+        self._free[_form(buffer)].append(buffer)
+
+
+def _form(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype
+
+
+def _may_go(saved: Tensor, stay: set[int]) -> bool:
+    """Whether it is large, not somebody else's, and comes back as it was: a copy has no gaps."""
+    if saved.nbytes < LARGE or saved.untyped_storage()._cdata in stay:
+        return False
+    return torch.empty_like(saved, device="meta").stride() == saved.stride()
 
 
 class Offloaded:
-    """One activation in the host's memory."""
+    """One tensor in the host's memory."""
 
-    def __init__(self, store: HostStore, buffer: Tensor, device: torch.device) -> None:
+    def __init__(self, store: HostStore, group: Group, buffer: Tensor, device: torch.device) -> None:
         self.buffer = buffer
         self.device = device
+        self.group = group
         self._store = store
         self._arriving: tuple[Tensor, Any] | None = None
 
@@ -91,7 +132,7 @@ class Offloaded:
         """The tensor that the copy back goes to, and its end; begun unless it has been."""
         if self._arriving is None:
             # of the computation's own memory, so that freeing it is in its order
-            tensor = torch.empty(self.buffer.shape, dtype=self.buffer.dtype, device=self.device)
+            tensor = torch.empty_like(self.buffer, device=self.device)
             stream.wait_stream(torch.cuda.current_stream(self.device))
             with torch.cuda.stream(stream):
                 tensor.copy_(self.buffer, non_blocking=True)

@@ -1,20 +1,21 @@
 """Plans what each block saves for its backward, so that a training step stays within a limit of memory.
 
-For each block there are options: what a minimum cut saves at some price of memory (:mod:`.remat`), with the block's input kept
-on the device or in the host's memory. The options of a model's blocks are exchanged, one step at a time and earlier blocks
-first, for whatever takes the least time for each byte freed, until the step fits: on options of decreasing return that is the
-optimum but for the last step. When the backward of the last block begins, all others hold what they saved, and it holds all that
-it reads:
+For each block there are options: what a minimum cut saves at some price of memory (:mod:`.remat`), with the block's input, or
+all that it saves, kept on the device or in the host's memory. The options of a model's blocks are exchanged, one step at a time
+and earlier blocks first, for whatever takes the least time for each byte freed, until the step fits: on options of decreasing
+return that is the optimum but for the last step. When the backward of the last block begins, all others hold what they saved,
+and it holds all that it reads:
 
-    peak  =  resident  +  Σ saved, without the last block  +  the most that one backward has alive
+    peak  =  resident  +  Σ saved, without the last block  +  in flight  +  the most that one backward has alive
 
-or, if that is more, what the head and the loss have alive beside all that is saved.
+in flight: what one block has in the host's memory, which is on its way out of the device, or back. If that is more, what the head
+and the loss have alive beside all that is saved takes the place of the backward.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,20 +37,31 @@ CONTENTION = 0.02
 
 @dataclass(frozen=True)
 class Option:
-    """What one block may do: names of saved values (None: all), bytes that stay on the device, extra seconds."""
+    """What one block may do: names of saved values (None: all), bytes that stay on the device, extra seconds, bytes in the
+    host's memory, and whether that is all that it saves, not its input alone."""
 
     saved: frozenset[str] | None
     bytes: int
     seconds: float
     host_bytes: int = 0
+    all_away: bool = False
 
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """The options of one block at the sizes of a call, most bytes first, and the most that its backward has alive."""
+    """The options of one block at the sizes of a call, most bytes first, and the most that its backward has alive.
+
+    Attributes:
+        narrow: the options that send no more to the host than the block's input, so that little is on its way.
+    """
 
     options: tuple[Option, ...]
     working: int
+    narrow: tuple[Option, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.narrow:
+            object.__setattr__(self, "narrow", self.options)
 
 
 THRIFTY = 1 / 32
@@ -69,7 +81,9 @@ def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpoint
     given = activation(args)
     held = 0 if given is None else given.numel() * given.element_size()
     forward = sum(seconds(n) for n in joint.graph.nodes if n.meta.get("partitioner_tag") == "is_forward")
-    return BlockCosts(_hull(_options(choices, held, forward, rates)), _working(joint, of, held))
+    narrow = _options(choices, held, forward, rates)
+    away = [] if checkpointed else _all_away(choices, held, forward, rates)
+    return BlockCosts(_hull(narrow + away), _working(joint, of, held), _hull(narrow))
 
 
 def node_seconds(node: fx.Node, of: Evaluate, rates: Rates) -> float:
@@ -87,10 +101,23 @@ def activation(args: Sequence[Any]) -> Tensor | None:
 def _options(choices: Sequence[Choice], held: int, forward: float, rates: Rates) -> list[Option]:
     options = [Option(_names(c), c.bytes + held, c.seconds) for c in choices]
     if held and rates.host:
-        copy = held / rates.host
-        extra = max(0.0, copy - forward) + CONTENTION * copy
+        extra = _beside(held, forward, rates)
         options += [Option(_names(c), c.bytes, c.seconds + extra, held) for c in choices]
     return options
+
+
+def _all_away(choices: Sequence[Choice], held: int, forward: float, rates: Rates) -> list[Option]:
+    """All that a block saves in the host's memory."""
+    if not (held and rates.host):
+        return []
+    sizes = [(c, c.bytes + held) for c in choices if c.bytes]
+    return [Option(_names(c), 0, c.seconds + _beside(n, forward, rates), n, True) for c, n in sizes]
+
+
+def _beside(size: int, forward: float, rates: Rates) -> float:
+    """Seconds that a copy to the host, and back, adds to a block whose forward takes ``forward``."""
+    copy = size / rates.host
+    return max(0.0, copy - forward) + CONTENTION * copy
 
 
 def _names(choice: Choice) -> frozenset[str] | None:
@@ -177,6 +204,29 @@ def choose_options(blocks: Sequence[BlockCosts], room: int) -> list[Option]:
     return [block.options[k] for block, k in zip(blocks, at, strict=True)]
 
 
+def options_within(blocks: Sequence[BlockCosts], room: int | None, host: int) -> list[Option]:
+    """As :func:`choose_options`, where what is on its way to the host and back takes room, too.
+
+    Args:
+        room: None asks for as few bytes as possible.
+        host: bytes that the host has for it.
+    """
+    narrow = [replace(b, options=b.narrow) for b in blocks]
+    if room is not None:
+        chosen = choose_options(blocks, room)
+        for _ in range(2):
+            moving = in_flight(chosen)
+            if sum(o.bytes for o in chosen[:-1]) + moving <= room:
+                return chosen if sum(o.host_bytes for o in chosen) <= host else choose_options(narrow, room)
+            chosen = choose_options(blocks, room - moving)
+    return choose_options(narrow, room or 0)
+
+
+def in_flight(blocks: Sequence[Option | BlockMemory]) -> int:
+    """Bytes that one block has on the device while they are copied: the last one saves all, and keeps it there."""
+    return max((b.host_bytes for b in blocks[:-1]), default=0)
+
+
 @dataclass
 class BlockMemory:
     """What one block does: bytes that it keeps on the device and in the host's memory, and seconds that it takes longer."""
@@ -211,7 +261,7 @@ class MemoryPlan:
     @property
     def predicted(self) -> int:
         """The predicted peak."""
-        return self.resident + self.working + sum(b.saved_bytes for b in self.blocks[:-1])
+        return self.resident + self.working + sum(b.saved_bytes for b in self.blocks[:-1]) + in_flight(self.blocks)
 
     @property
     def extra_seconds(self) -> float:

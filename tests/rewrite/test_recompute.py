@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise, product
 from typing import Any
 
@@ -27,6 +28,8 @@ from weft.rewrite.recompute import (
     _hull,
     block_costs,
     choose_options,
+    in_flight,
+    options_within,
 )
 from weft.rewrite.sizes import evaluator
 
@@ -90,6 +93,30 @@ def test_more_room_never_takes_longer(blocks: list[BlockCosts], room: int, more:
     assert seconds[1] <= seconds[0]
 
 
+away = st.lists(
+    st.builds(Option, st.none(), st.just(0), st.integers(0, 20).map(float), st.integers(1, 60), st.just(True)),
+    max_size=3,
+)
+models_away = st.lists(
+    st.builds(lambda near, far: BlockCosts(_hull(near + far), 0, _hull(near)), options, away), min_size=1, max_size=4
+)
+
+
+@cases
+@given(models_away, st.integers(0, 160), st.integers(0, 200))
+def test_what_is_on_its_way_has_room(blocks: list[BlockCosts], room: int, host: int) -> None:
+    needed: Callable[[list[Option]], int] = lambda chosen: sum(o.bytes for o in chosen[:-1]) + in_flight(chosen)  # noqa: E731
+    chosen = options_within(blocks, room, host)
+    narrow = choose_options([replace(b, options=b.narrow) for b in blocks], room)
+    assert needed(chosen) <= room or chosen == narrow
+    if any(o.all_away for o in chosen):
+        assert sum(o.host_bytes for o in chosen) <= host and needed(chosen) <= room
+    free = choose_options(blocks, room)
+    if needed(free) <= room and sum(o.host_bytes for o in free) <= host:
+        assert chosen == free
+    assert options_within(blocks, None, host) == choose_options([replace(b, options=b.narrow) for b in blocks], 0)
+
+
 def test_all_is_saved_where_there_is_room() -> None:
     block = BlockCosts((Option(None, 10, 0.0), Option(frozenset("a"), 4, 1.0), Option(frozenset(), 0, 5.0)), 0)
     at = lambda room: [o.bytes for o in choose_options([block] * 3, room)]  # noqa: E731
@@ -134,11 +161,26 @@ def test_options_of_a_block() -> None:
     found, given = captured()
     costs = block_costs(found.joint, found.args, RATES)
     held = given[0].numel() * 4
-    first, last = costs.options[0], costs.options[-1]
+    first, last = costs.options[0], costs.narrow[-1]
     assert first.saved is None and first.seconds == 0.0
     assert first.bytes == found.choices()[0].bytes + held
     assert last.bytes < held and last.host_bytes == held and last.seconds >= held / RATES.host * 0.02
     assert [o.bytes for o in costs.options] == sorted({o.bytes for o in costs.options}, reverse=True)
+
+
+def test_all_that_is_saved_may_go_to_the_host() -> None:
+    found, given = captured()
+    rates = Rates(copy=1e12, product=1e9, host=1e13, call=1e-9)  # where copying is cheap, and products are not
+    costs, held = block_costs(found.joint, found.args, rates), given[0].numel() * 4
+    last = costs.options[-1]
+    assert last.all_away and last.bytes == 0 and last.saved is None
+    assert last.host_bytes == found.choices()[0].bytes + held
+    assert last.seconds == pytest.approx(0.02 * last.host_bytes / 1e13)
+    assert all(not o.all_away for o in costs.narrow) and costs.narrow[-1].host_bytes == held
+    assert (
+        block_costs(found.joint, found.args, rates, True).options
+        == block_costs(found.joint, found.args, rates, True).narrow
+    )
 
 
 def test_without_another_memory_the_input_stays() -> None:
@@ -160,7 +202,7 @@ def test_what_asks_for_checkpointing_saves_next_to_nothing() -> None:
     usual, thrifty = (block_costs(found.joint, found.args, RATES, asked) for asked in (False, True))
     held = given[0].numel() * 4
     assert all(o.bytes - held <= (usual.options[0].bytes - held) / 32 for o in thrifty.options)
-    assert thrifty.options[-1] == usual.options[-1]
+    assert thrifty.options[-1] == usual.narrow[-1]
 
 
 def test_rates_are_measured_once() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -9,7 +10,9 @@ import torch
 from torch import Tensor
 
 import weft
+import weft.rewrite.blocks
 from weft.rewrite.offload import HostStore
+from weft.rewrite.recompute import BlockCosts, Option
 
 from ..models import assert_same, batch, outcome, twin
 from .held import adapted
@@ -51,6 +54,21 @@ def test_inputs_of_blocks_on_the_host() -> None:
     blocks = model.rewrite_report.memory.blocks
     assert any(b.host_bytes == 8 * 256 * 256 * 4 for b in blocks)
     assert "on the host" in str(model.rewrite_report)
+
+
+def test_all_that_blocks_save_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    def away(blocks: Sequence[BlockCosts], *_: Any) -> list[Option]:
+        return [next((o for o in b.options if o.all_away), b.options[0]) for b in blocks[:-1]] + [blocks[-1].options[0]]
+
+    monkeypatch.setattr(weft.rewrite.blocks, "options_within", away)
+    inputs, (model, plain) = on_gpu(batch(8, 256)), planned("1TB")
+    for _ in range(4):
+        assert_same(outcome(model, inputs), outcome(plain, inputs), rounding=1e-3)
+    blocks = model.rewrite_report.memory.blocks
+    assert any(b.host_bytes > 8 * 256 * 256 * 4 for b in blocks)
+    taken = peak(model, inputs)
+    monkeypatch.undo()
+    assert taken < 0.8 * peak(model, inputs)
 
 
 def test_a_smaller_limit_has_a_smaller_peak() -> None:
