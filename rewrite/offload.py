@@ -72,7 +72,7 @@ class HostStore:
         buffer = free.pop() if free else torch.empty_like(saved, device="cpu", pin_memory=True)
         current = torch.cuda.current_stream(saved.device)
         if not self._waiting or self._waiting[-1] is not group:
-            self._waiting.append(group)
+            self._waiting = [*(g for g in self._waiting if g.items), group]
             self._leaving.append([])
             self._let_go(current, IN_FLIGHT + 1)
         self._stream.wait_stream(current)
@@ -95,16 +95,17 @@ class HostStore:
         current = torch.cuda.current_stream(kept.device)
         self._let_go(current, 0)
         self._waiting = [g for g in self._waiting if g.items and g is not kept.group]
+        tensor, arrived = kept.start(self._stream)
         for group in (kept.group, *self._waiting[-1:]):
             for item in group.items:
-                item.start(self._stream)
-        tensor, arrived = kept.start(self._stream)
+                if not item.asked_for:
+                    item.start(self._stream)
         current.wait_event(arrived)
         return tensor
 
     def release(self, buffer: Tensor) -> None:
         """``buffer`` may be written again."""
-        self._free[_form(buffer)].append(buffer)
+        self._free.setdefault(_form(buffer), []).append(buffer)
 
 
 def _form(tensor: Tensor) -> tuple[Any, ...]:
@@ -125,6 +126,8 @@ class Offloaded:
         self.buffer = buffer
         self.device = device
         self.group = group
+        self.asked_for = False
+        """A backward has it; it may ask again."""
         self._store = store
         self._arriving: tuple[Tensor, Any] | None = None
 
@@ -141,9 +144,14 @@ class Offloaded:
 
     def back(self) -> Tensor:
         """On the device, for the backward."""
+        self.asked_for = True
         tensor = self._store.fetch(self)
         self._arriving = None
         return tensor
 
     def __del__(self) -> None:
+        if (
+            self._arriving is not None
+        ):  # nobody asked for it: what is computed next may get its memory, and must not be overwritten
+            torch.cuda.current_stream(self.device).wait_event(self._arriving[1])
         self._store.release(self.buffer)

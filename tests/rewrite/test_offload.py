@@ -1,36 +1,96 @@
-"""What blocks save in the host's memory: it comes back as it was, in whatever order. Streams are stood for by nothing."""
+"""What blocks save in the host's memory: it comes back as it was, in whatever order, and no memory is given away too early.
+
+Without a GPU a stand-in takes the place of streams. It is as late as it may be: what is queued on the stream of copies is done
+when the computation waits for it, and memory that a copy still reads or writes must not be freed before.
+"""
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from weft.rewrite import offload
 from weft.rewrite.offload import HostStore
 
 from ..graphs import cases, normal
+from .recorded import at_address
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(autouse=True, scope="module")
-def _without_streams() -> Any:
-    patch = pytest.MonkeyPatch()
-    patch.setattr(offload, "LARGE", 100)
+class Copies:
+    """The stream of copies, and the computation that waits for it."""
+
+    def __init__(self) -> None:
+        self.queued: list[tuple[Tensor, Tensor, StorageWeakRef]] = []
+        self.done = self.count = 0
+        self.pinned: set[int] = set()
+
+    def empty_like(self, like: Tensor, device: Any = None, pin_memory: bool = False) -> Tensor:
+        """Of no numbers, so that what comes before its copy is seen."""
+        made = torch.empty_like(like, device=device)
+        if made.device.type != "meta":
+            made.fill_(torch.nan)
+        if pin_memory:
+            self.pinned.add(made.data_ptr())
+        return made
+
+    def queue(self, to: Tensor, source: Tensor) -> None:
+        """A copy, one end of which is not pinned and may be freed by mistake."""
+        self.count += 1
+        far = source if to.data_ptr() in self.pinned else to
+        self.queued.append((at_address(to), at_address(source), StorageWeakRef(far.untyped_storage())))
+
+    def record_event(self) -> int:
+        """After what is queued."""
+        return len(self.queued)
+
+    def wait_event(self, event: int) -> None:
+        """By the computation."""
+        for to, source, far in self.queued[self.done : event]:
+            assert not far.expired(), "freed while a copy may still touch it"
+            to.copy_(source)
+        self.done = max(self.done, event)
+
+    def wait_stream(self, _: Any) -> None:
+        """For the computation: what it has been told to do is done."""
+
+    def standing_in(self) -> Any:
+        """For ``torch`` in the module."""
+        cuda = SimpleNamespace(Stream=lambda _: self, current_stream=lambda _: self, stream=lambda _: Queued(self))
+        return SimpleNamespace(cuda=cuda, empty_like=self.empty_like)
+
+
+class Queued(TorchDispatchMode):
+    """Inside, copies are queued."""
+
+    def __init__(self, copies: Copies) -> None:
+        super().__init__()
+        self.copies = copies
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.copy_.default:
+            self.copies.queue(*args[:2])
+            return args[0]
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture(autouse=True)
+def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
+    """Of this test."""
+    stream = Copies()
+    monkeypatch.setattr(offload, "LARGE", 100)
     if DEVICE.type == "cpu":
-        stream = SimpleNamespace(wait_stream=lambda _: None, wait_event=lambda _: None, record_event=lambda: None)
-        cuda = SimpleNamespace(Stream=lambda _: stream, current_stream=lambda _: stream, stream=lambda _: nullcontext())
-        plain: Any = lambda like, device=None, pin_memory=False: torch.empty_like(like, device=device)  # noqa: E731
-        patch.setattr(offload, "torch", SimpleNamespace(cuda=cuda, empty_like=plain))
-    yield
-    patch.undo()
+        monkeypatch.setattr(offload, "torch", stream.standing_in())
+    return stream
 
 
 class Saves(torch.autograd.Function):
@@ -56,12 +116,14 @@ def tensors(seed: int, count: int) -> list[Tensor]:
     ]
 
 
-@cases
-@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=6), st.integers(1, 3))
-def test_all_comes_back(blocks: list[tuple[int, bool]], steps: int) -> None:
+@settings(cases, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=6), st.integers(1, 3), st.booleans())
+def test_all_comes_back(copies: Copies, blocks: list[tuple[int, bool]], steps: int, dropped: bool) -> None:
+    copies.__init__()
     store, weight = HostStore(DEVICE), normal(99, 8, 8).to(DEVICE)
     pinned: set[int] = set()
     for step in range(steps):
+        copies.count = 0
         x = normal(step, 5, 8).to(DEVICE).requires_grad_()
         seen, wanted, y = list[list[Tensor]](), list[list[Tensor]](), x * 1
         for i, (count, everything) in enumerate(blocks):
@@ -71,6 +133,9 @@ def test_all_comes_back(blocks: list[tuple[int, bool]], steps: int) -> None:
                 y = Saves.apply(y, seen, *saved)
             del saved
         assert isinstance(y, Tensor)
+        if dropped and step == 1:  # a forward that nobody differentiates
+            del y
+            continue
         y.sum().backward()
         assert len(seen) == len(wanted)
         for found, then in zip(seen[::-1], wanted, strict=True):
@@ -78,6 +143,7 @@ def test_all_comes_back(blocks: list[tuple[int, bool]], steps: int) -> None:
         del y, seen
         buffers = {b.data_ptr() for free in store._free.values() for b in free}
         assert not pinned or buffers == pinned, "a buffer is used again once it is free"
+        assert DEVICE.type != "cpu" or copies.count == 2 * len(buffers), "each is copied there and back once"
         pinned = buffers
     large = [
         sum(t.nbytes >= 100 and (i % 4 in (0, 1)) for i, t in enumerate(tensors(0, c))) if e else 0 for c, e in blocks
@@ -94,7 +160,19 @@ def test_what_is_the_callers_stays() -> None:
     assert len(store._free) == 1
 
 
-def test_the_block_before_is_under_way() -> None:
+def test_a_second_backward_asks_again() -> None:
+    store = HostStore(DEVICE)
+    x = normal(0, 5, 8).to(DEVICE).requires_grad_() * 1
+    seen, saved = list[list[Tensor]](), tensors(0, 2)
+    with store.offloading(x, [x]):
+        y = Saves.apply(x, seen, *saved)
+    assert isinstance(y, Tensor)
+    for _ in range(2):
+        y.sum().backward(retain_graph=True)
+    assert all(torch.equal(a, b) for found in seen for a, b in zip(found, (x, *saved), strict=True)) and len(seen) == 2
+
+
+def test_the_block_before_is_under_way(copies: Copies) -> None:
     """Its copies have begun when a block's own are there."""
     store, kept = HostStore(DEVICE), list[Tensor]()
     x = normal(0, 5, 8).to(DEVICE).requires_grad_()
@@ -110,3 +188,5 @@ def test_the_block_before_is_under_way() -> None:
     assert begun() == [[False] * 3, [True] * 3, []]
     kept.pop(0).sum().backward()
     assert begun() == [[], [True] * 3, []]
+    kept.clear()  # what has begun, and nobody asks for, is waited for
+    assert copies.done == copies.count == 2 * 9
