@@ -150,8 +150,6 @@ class Offloaded:
         return tensor
 
     def __del__(self) -> None:
-        if (
-            self._arriving is not None
-        ):  # nobody asked for it: what is computed next may get its memory, and must not be overwritten
+        if self._arriving is not None:  # nobody asked for it, and its memory may be given to what is computed next
             torch.cuda.current_stream(self.device).wait_event(self._arriving[1])
         self._store.release(self.buffer)

@@ -83,7 +83,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.partition("::")[0]
-            return file if Path(file).parent.name in ("tests", "training") else nodeid
+            return file if Path(file).parent.name in ("tests", "training", "packing") else nodeid
 
     return ByFile(config, log)
 

@@ -1,11 +1,17 @@
-"""The examples, run as a reader runs them, at the smallest size that shows what they are for."""
+"""The examples, at the smallest size that shows what they are for.
+
+The demo runs as a reader runs it, and all are imported by an interpreter that knows nothing else. The others run in this
+process: starting another took longer than some of them.
+"""
 
 from __future__ import annotations
 
 import os
 import re
+import runpy
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,17 +20,34 @@ import torch
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 CLOSE = 1e-4 if not torch.cuda.is_available() else 1e-1
 """On a GPU the examples compute in bfloat16."""
+Run = Callable[..., str]
 
 
-def run(folder: Path, script: str, *arguments: str) -> str:
-    """What ``script`` prints, started from an unrelated folder."""
+def fresh(folder: Path, *arguments: str) -> str:
+    """What an interpreter prints that is started in ``folder``, where no example is."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(EXAMPLES / script), *arguments]
+    command = [sys.executable, *arguments]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False
     )
-    assert done.returncode == 0, f"{script} exited with {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
+    assert done.returncode == 0, f"{command} gave {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-4000:]}"
     return done.stdout
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    """What a script prints that is run in an unrelated folder."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE"):
+        monkeypatch.setenv(name, "1")  # as they do, but for the time of the test
+
+    def printed(script: str, *arguments: str) -> str:
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        runpy.run_path(str(EXAMPLES / script), run_name="__main__")
+        return capsys.readouterr().out
+
+    return printed
 
 
 def number(pattern: str, text: str) -> float:
@@ -43,41 +66,47 @@ def rewritten(text: str) -> set[str]:
 
 def test_the_demo_trains_both_models_alike(tmp_path: Path) -> None:
     """Equal curves, equal tokens (else its exit status is 1), and every rule that applies."""
-    printed = run(tmp_path, "demo.py", "--steps", "3", "--layers", "2", "--tokens", "6")
+    printed = fresh(tmp_path, str(EXAMPLES / "demo.py"), "--steps", "3", "--layers", "2", "--tokens", "6")
     assert number(r"largest difference of the two curves: (\S+)", printed) < CLOSE
     assert len(re.findall(r"^ +\d+ +\d+\.\d{5} +\d+\.\d{5}", printed, re.MULTILINE)) == 3
     assert {"rms_norm", "rope", "lora_linear", "gated_mlp", "linear_cross_entropy"} <= rewritten(printed)
 
 
-def test_a_fine_tuned_adapter_loads_without_weft(tmp_path: Path) -> None:
+def test_all_start_in_a_fresh_interpreter(tmp_path: Path) -> None:
+    names = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+    assert len(names) > 6
+    fresh(tmp_path, "-c", f"import sys; sys.path.insert(0, {str(EXAMPLES)!r}); import {', '.join(names)}")
+
+
+def test_a_fine_tuned_adapter_loads_without_weft(run: Run) -> None:
     """The loss falls, and PEFT alone computes the same from what was saved."""
-    printed = run(tmp_path, "finetune_lora.py", "--steps", "10", "--layers", "1")
+    printed = run("finetune_lora.py", "--steps", "10", "--layers", "1")
     losses = [float(loss) for loss in re.findall(r"'loss': '?([\d.]+)", printed)]
     assert len(losses) == 2 and losses[1] < losses[0]
     assert number(r"reloaded by PEFT alone: (\S+)", printed) < CLOSE
     assert "lora_linear" in rewritten(printed)
 
 
-def test_a_rule_of_ones_own_is_in_the_report(tmp_path: Path) -> None:
+def test_a_rule_of_ones_own_is_in_the_report(run: Run) -> None:
     """The new rule rewrote every layer, and the loss stayed."""
-    printed = run(tmp_path, "write_a_rule.py")
+    printed = run("write_a_rule.py")
     assert re.search(r"^squared_relu +model\.layers\.0-2\.mlp\.act_fn +3 ", printed, re.MULTILINE), printed
     before, after = (number(rf"{when} (\d+\.\d+)", printed) for when in ("before", "after"))
     assert after == pytest.approx(before, abs=CLOSE)
 
 
-def test_a_report_answers_questions(tmp_path: Path) -> None:
+def test_a_report_answers_questions(run: Run) -> None:
     """What was rewritten, what was not and why, as text, JSON and HTML; and ``undo`` takes it off again."""
-    printed = run(tmp_path, "inspect_report.py")
+    printed = run("inspect_report.py")
     assert {"rms_norm", "gated_mlp"} <= rewritten(printed)
     assert re.search(r"scaled\.1: rms_norm came as far as \d+ of \d+ operations", printed), printed
     assert "report.html" in printed and "report.json" in printed
     assert printed.rstrip().endswith("the model has a report: False")
 
 
-def test_a_plan_does_less_harm_in_the_same_bytes(tmp_path: Path) -> None:
+def test_a_plan_does_less_harm_in_the_same_bytes(run: Run) -> None:
     """Four rows: nothing is lost in 16 bits, and the plan that takes no more than NF4 everywhere is nearer than that."""
-    printed = run(tmp_path, "dynamic_4bit.py", "--steps", "80", "--layers", "1", "--measurements", "3")
+    printed = run("dynamic_4bit.py", "--steps", "80", "--layers", "1", "--measurements", "3")
     rows = re.findall(r"^(\S.*?) +([\d.]+) KB   KL +(\S+) ", printed, re.MULTILINE)
     assert [name for name, _, _ in rows] == ["16-bit", "NF4 everywhere", "weft, as many bytes", "weft, +10% bytes"]
     (_, _, exact), (_, plain, harm), (_, same, less), (_, more, least) = rows
@@ -87,9 +116,9 @@ def test_a_plan_does_less_harm_in_the_same_bytes(tmp_path: Path) -> None:
     assert "lm_head" in printed and "KL alone" in printed
 
 
-def test_packed_documents_have_the_loss_of_padded_ones(tmp_path: Path) -> None:
+def test_packed_documents_have_the_loss_of_padded_ones(run: Run) -> None:
     """Fewer places, the same loss, and a refusal that names the operator and the module."""
-    printed = run(tmp_path, "pack_documents.py", "--documents", "8", "--layers", "1")
+    printed = run("pack_documents.py", "--documents", "8", "--layers", "1")
     places, losses = (
         [number(rf"{n}: .*{what}", printed) for n in ("padded", "packed")] for what in (r" (\d+) places", r"loss (\S+)")
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import io
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -242,3 +244,14 @@ def test_blocks_of_torch_itself(name: str) -> None:
     assert rules.count("rms_norm") == 1 and rules.count("layer_norm") == {"sequential": 3, "transformer": 6}.get(
         name, 0
     )
+
+
+def test_a_model_that_goes_is_freed() -> None:
+    """With all that was captured of it: nothing that stays refers to it."""
+    model = with_lora(llama(num_hidden_layers=2))
+    weft.optimize(model, verify=False)
+    model(**batch(2, 7)).loss.backward()
+    gone = [weakref.ref(m) for m in (model, model.base_model.model, model.base_model.model.model.layers[0])]
+    del model
+    gc.collect()
+    assert [ref() for ref in gone] == [None] * 3

@@ -79,7 +79,7 @@ def assert_stored_as_trained(model: nn.Module, plan: PrecisionPlan) -> None:
     model.eval()
     with torch.no_grad():
         seen = model(**batch()).logits
-    convert(model, plan, mode="inference")
+    convert(model, plan, mode="inference", example_inputs=batch())
     with torch.no_grad():
         stored = model(**batch()).logits
     # bitsandbytes' CPU product may run in bfloat16
@@ -122,7 +122,7 @@ def test_with_adapters() -> None:
     plan = plan_precision(base, [batch()], formats=("nf4-feedback", "16-bit"), measurements=1)
     lora = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
     model = get_peft_model(base, lora)
-    optimize(model, mode="train", passes=qat_passes(model, plan))
+    optimize(model, mode="train", passes=qat_passes(model, plan), example_inputs=batch())
     rules = {r.rule for r in model.rewrite_report.rewrites}
     assert {"fake_quantize", "lora_linear"} <= rules
     losses = train(model)
@@ -142,7 +142,7 @@ def test_int8_with_activations() -> None:
     undo(model)
     with torch.no_grad():
         plain = model(**batch()).logits
-    convert(model, plan, mode="inference")
+    convert(model, plan, mode="inference", example_inputs=batch())
     with torch.no_grad():
         stored = model(**batch()).logits
     assert (stored - seen).norm() < (stored - plain).norm()

@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -35,14 +34,27 @@ from weft.wrappers import innermost
 
 @dataclass(frozen=True)
 class Optimized:
-    """What was done to a model: replaced forwards, and stored weights with how to give the former ones back."""
+    """What was done to a model: replaced forwards, and stored weights with how to give the former ones back.
+
+    An attribute of the model, so that it goes when the model goes. Copied or pickled with it, it turns into None: a copy is not
+    optimized.
+    """
 
     installation: Installation
     plan: PrecisionPlan | None
     replaced: list[Replaced]
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None: ...
 
-_installed: WeakKeyDictionary[nn.Module, Optimized] = WeakKeyDictionary()
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(None), ()
+
+
+ATTRIBUTE = "_weft_optimized"
+
+
+def _optimized(root: Any) -> Optimized | None:
+    return root.__dict__.get(ATTRIBUTE)
 
 
 def optimize(
@@ -84,7 +96,7 @@ def optimize(
     _check_options(precision, calibration, keep_weights, cuda_graphs)
     limit = _limit(model, mode, memory)
     root = innermost(model)
-    if root in _installed:
+    if _optimized(root) is not None:
         return _as_it_is(model, precision)
     if mode == "train":
         check_gradients(model)
@@ -108,7 +120,7 @@ def optimize(
     report.precision, report.steps = plan, installation.session.memory
     _obey_checkpointing(installation)
     installation.drop_unused()
-    _installed[root] = Optimized(installation, plan, replaced if keep_weights else [])
+    root.__dict__[ATTRIBUTE] = Optimized(installation, plan, replaced if keep_weights else [])
     for holder in {id(m): m for m in (model, root)}.values():
         holder.__dict__["rewrite_report"] = report
     return model
@@ -120,15 +132,15 @@ def undo(model: nn.Module) -> nn.Module:
     Raises:
         UndoError: ``model`` was not optimized, or its weights were stored in fewer bits and the former ones not kept.
     """
-    if not isinstance(model, nn.Module) or innermost(model) not in _installed:
+    root = innermost(model) if isinstance(model, nn.Module) else None
+    done = None if root is None else _optimized(root)
+    if root is None or done is None:
         raise UndoError(f"undo() takes a model that optimize() returned; this {type(model).__name__} was not optimized")
-    root = innermost(model)
-    done = _installed[root]
     if done.plan is not None and not done.replaced and any(FORMATS[f].kind != "dense" for f in done.plan.formats):
         raise UndoError(
             "the weights were stored in fewer bits and the former ones are gone: optimize(..., keep_weights=True) keeps them"
         )
-    del _installed[root]
+    del root.__dict__[ATTRIBUTE]
     done.installation.remove_all()
     release(root)
     give_back(done.replaced)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 from unittest.mock import patch
 
@@ -78,16 +79,25 @@ def optimized(model: nn.Module, batch: dict[str, Any]) -> nn.Module:
     return weft.optimize(model, example_inputs=batch, verify=False, mode="train")
 
 
+@functools.cache
+def packed_and_optimized(name: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model, optimized on packed documents, and those; no test trains it."""
+    model = made(name)
+    batch = collator(model, max_length=16)(documents())
+    optimized(model, batch)
+    return model, batch
+
+
 @pytest.mark.parametrize("is_optimized", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_no_token_sees_its_neighbour_document(name: str, is_optimized: bool) -> None:
-    model, examples = made(name), documents()
-    collate = collator(model, max_length=16)
-    batch = collate(examples)
-    assert batch["input_ids"].shape[0] < len(examples), "nothing was packed"
     if is_optimized:
-        optimized(model, batch)
+        model, batch = packed_and_optimized(name)
         check_packing(model)
+    else:
+        model = made(name)
+        batch = collator(model, max_length=16)(documents())
+    assert batch["input_ids"].shape[0] < len(LENGTHS_OF_DOCUMENTS), "nothing was packed"
     with torch.no_grad():
         before = model(**batch).logits
         for row, start in (batch["position_ids"] == 0).nonzero().tolist():
@@ -110,19 +120,17 @@ def _same_document(positions: Tensor, row: int, start: int) -> Tensor:
 @pytest.mark.parametrize("is_optimized", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_packed_training_is_that_of_padded_documents(name: str, is_optimized: bool) -> None:
-    model, examples = made(name), documents()
-    batch = PackedCollator(16)(examples)
-    wanted = step(model, padded(examples))
+    model = made(name)
+    wanted = step(model, padded(documents()))
     if is_optimized:
-        optimized(model, batch)
-    assert_same(step(model, batch), wanted)
+        model, _ = packed_and_optimized(name)
+    assert_same(step(model, PackedCollator(16)(documents())), wanted)
 
 
 @pytest.mark.parametrize("name", ["llama", "gemma with sliding windows"])
 def test_the_operator_reads_documents_and_each_mask_once(name: str) -> None:
-    model: Any = made(name)
+    model: Any = packed_and_optimized(name)[0]
     batch = PackedCollator(16)(documents())
-    optimized(model, batch)
     assert "attention" in {r.rule for r in model.rewrite_report.rewrites}
     with patch.object(attention_documents, "_look", wraps=attention_documents._look) as look:
         step(model, batch)

@@ -24,22 +24,12 @@ def together(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each process saw of each case: two processes for all, since starting them takes longer than a case."""
     folder = tmp_path_factory.mktemp("processes")
     environment = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    outs = [folder / f"{rank}.pt" for rank in range(WORLD)]
-    command = [sys.executable, str(SCRIPT), "--store", str(folder / "store")]
-    started = [
-        subprocess.Popen(
-            [*command, "--rank", str(rank), "--out", str(out)],
-            cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for rank, out in enumerate(outs)
-    ]  # fmt: skip
-    try:
-        printed = [process.communicate(timeout=900)[0] for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [p.returncode for p in started] == [0] * WORLD, "\n".join(text[-3000:] for text in printed)
-    return [torch.load(out) for out in outs]
+    command = [sys.executable, str(SCRIPT), "--folder", str(folder)]
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=900, check=False
+    )
+    assert done.returncode == 0, (done.stdout + done.stderr)[-6000:]
+    return [torch.load(folder / f"{rank}.pt") for rank in range(WORLD)]
 
 
 @functools.cache

@@ -1,6 +1,6 @@
-"""One process of several that train one model: started by test_two_processes.py, once for each rank.
+"""Processes that train one model together: started by test_two_processes.py, forked once everything is imported.
 
-It writes what it saw to ``--out``: the loss of every step, the gradients of the first one, and weft's report.
+Each writes what it saw into ``--folder``: the loss of every step, the gradients of the first one, and weft's report.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import gc
 import sys
 import traceback
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
+from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
 from weft.sharding import shard
@@ -137,26 +139,33 @@ def run(case: Case, rank: int) -> dict[str, Any]:
     }
 
 
-def main() -> None:
+def work(rank: int, folder: Path) -> None:
     """One rank, all cases; what one of them raises is its result."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--store", required=True)
-    parser.add_argument("--out", type=Path, required=True)
-    given = parser.parse_args()
     torch.set_num_threads(1)
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)  # as in conftest.py
-    dist.init_process_group("gloo", init_method=f"file://{given.store}", rank=given.rank, world_size=WORLD)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD, timeout=timedelta(minutes=10)
+    )
     results = {}
     for name, case in CASES.items():
         try:
-            results[name] = run(case, given.rank)
+            results[name] = run(case, rank)
         except Exception:
             results[name] = {"failed": traceback.format_exc()}
         dist.barrier()
-    torch.save(results, given.out)
+    torch.save(results, folder / f"{rank}.pt")
     dist.destroy_process_group()
+
+
+work.__code__ = work.__code__.replace(co_stacksize=2**17)  # as in conftest.py
+
+
+def main() -> None:
+    """All ranks; if one fails, the others are ended."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--folder", type=Path, required=True)
+    start_processes(work, (parser.parse_args().folder,), nprocs=WORLD, start_method="fork")
 
 
 if __name__ == "__main__":
