@@ -73,8 +73,10 @@ def kernel_rows(case: Result) -> list[list[str]]:
 
 def train_step(result: Result) -> list[str]:
     """Step time, memory and agreement of every arm."""
-    setting = ", ".join(f"{name} {value}" for name, value in result["setting"].items() if value is not None)
-    lines = ["## Training step", "", *machine(result), *limits(result), f"Setting: {setting}.", ""]
+    given = result["setting"]
+    setting = ", ".join(f"{name} {value}" for name, value in given.items() if value not in (None, ""))
+    case = f"{given['shape']}, {given['batch']} × {given['length']}{', checkpointing' * given['checkpointing']}"
+    lines = [f"## Training step: {case}", "", *machine(result), *limits(result), f"Setting: {setting}.", ""]
     head = (
         "arm",
         "s / step",
