@@ -1,4 +1,7 @@
-"""The last linear and the cross-entropy behind it become one operator that never holds the logits."""
+"""The last linear and the cross-entropy behind it become one operator that never holds the logits.
+
+The loss may be spelt by hand: −log_softmax(z) at each label, picked by ``gather``.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,15 @@ from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..rewrite.errors import DroppedOutputError
 from ..rewrite.graph import dtype_of, sizes
 from ..rewrite.match import Match
-from ..rewrite.pattern import rows
+from ..rewrite.pattern import picked, rows
 from ..rewrite.report import Refusal
 from ..rewrite.rule import RewriteRule, call
 from ..rewrite.vocabulary import operation
 from .storage import product_dtype
 
 Logits = Literal["defer", "keep", "drop"]
+NONE_IGNORED = -(2**62)
+"""``gather`` ignores no label: one that is out of range is an error there, and here."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +44,7 @@ class FuseLinearCrossEntropy(RewriteRule):
         "scaled": ("not", "multiplied", "divided"),
         "capped": ("not", "divided", "multiplied"),
         "shifted": (False, True),
-        "loss": ("cross_entropy", "nll"),
+        "loss": ("cross_entropy", "nll", "picked"),
     }
 
     def pattern(
@@ -55,6 +60,8 @@ class FuseLinearCrossEntropy(RewriteRule):
         inner = z * cap if capped == "multiplied" else z / cap
         z = z if capped == "not" else torch.tanh(inner) * cap2
         read = rows(z[index] if shifted else z)
+        if loss == "picked":
+            return picked(F.log_softmax(read, -1), t), z
         if loss == "nll":
             return F.nll_loss(F.log_softmax(read, -1), t, class_weight, None, ignore_index, None, reduction), z
         return F.cross_entropy(read, t, class_weight, None, ignore_index, None, reduction, smoothing), z
@@ -65,7 +72,8 @@ class FuseLinearCrossEntropy(RewriteRule):
         if labels is None or labels.is_floating_point() or m.class_weight is not None:
             return self.refuse(m, "the labels are probabilities, or classes are weighted")
         constants = (m.scale, m.cap, m.cap2, m.ignore_index, m.smoothing)
-        if any(isinstance(c, fx.Node) for c in constants) or m.reduction not in ("mean", "sum", "none"):
+        reduced = m.loss == "picked" or m.reduction in ("mean", "sum", "none")
+        if any(isinstance(c, fx.Node) for c in constants) or not reduced:
             return self.refuse(m, "an option of the loss is computed by the graph, not a constant")
         if 0 in (m.scale, m.cap, m.cap2):
             return self.refuse(m, "the logits are multiplied or divided by 0")
@@ -85,10 +93,14 @@ class FuseLinearCrossEntropy(RewriteRule):
         scale, cap = _scale_and_cap(m)
         read = x[m.index] if m.shifted else x
         labels = t if len(sizes(m.t)) == 1 else t.reshape(-1)
+        if m.loss == "picked":
+            ignore_index, reduction = NONE_IGNORED, "none"
         loss = call(
             linear_cross_entropy, read.reshape(-1, sizes(m.x)[-1]), w, b, labels, ignore_index=ignore_index,
             label_smoothing=float(smoothing or 0.0), softcap=cap, logit_scale=scale, reduction=reduction,
         )  # fmt: skip
+        if m.loss == "picked":
+            loss = (-loss).view(sizes(m.root))
         if dtype_of(m.root) != torch.float32:
             loss = loss.to(dtype_of(m.root))
         kind = dtype_of(m.outputs[1])

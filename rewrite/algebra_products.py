@@ -174,6 +174,20 @@ def rows_of_log_probabilities(v: View, at: Site, x: Any, *shape: Any) -> Expr | 
     return v.intern("log_softmax", (v.intern("rows", inner.args[:1]), -1), at.node)
 
 
+@equation("gather")
+def log_probability_of_a_label(v: View, at: Site, x: Any, dim: Any, index: Any, *_: Any) -> Expr | None:
+    """What gather picks of each row of log_softmax(x), one number, is picked of the rows."""
+    inner = op_of(strip_casts(x, only_widening=False), "log_softmax") if isinstance(x, Expr) else None
+    if inner is None or inner.args[1] != -1 or from_the_end(dim, x) != -1 or not isinstance(index, Expr):
+        return None
+    shapes = [sizes(e.node) if e.node is not None else () for e in (x, index)]
+    if not shapes[0] or shapes[1] != (*shapes[0][:-1], 1):
+        return None
+    source = inner.args[0]
+    rows = source if op_of(source, "rows") else v.intern("rows", (source,), getattr(source, "node", None))
+    return v.intern("picked", (v.intern("log_softmax", (rows, -1), inner.node), index), at.node)
+
+
 def _keeps_last(x: Expr) -> bool:
     """Whether a reshape flattens leading dimensions alone."""
     inner = x.args[0]

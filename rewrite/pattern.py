@@ -122,6 +122,11 @@ def rows(x: Any) -> Any:
     return _record("rows", x)
 
 
+def picked(x: Any, index: Any) -> Any:
+    """In a pattern: of each row of x the number at one index, as ``gather`` along the last dimension picks it."""
+    return _record("picked", x, index)
+
+
 def repeated(x: Any, times: Any, dim: int) -> Any:
     """In a pattern: every entry along a dimension, counted from the front, repeated in place, however a model does it."""
     return _record("repeated", x, times, dim)

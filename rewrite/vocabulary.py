@@ -88,6 +88,7 @@ pad(x, pad, mode='constant', value=None)                                     | c
 cross_entropy(x, target, weight=None, old=None, ignore_index=-100, old2=None, reduction='mean', smoothing=0.0)| cross_entropy_loss
 nll_loss(x, target, weight=None, old=None, ignore_index=-100, old2=None, reduction='mean') |
 log_softmax(x, dim=None, _stacklevel=3, dtype=None)                          |
+gather(x, dim, index, sparse_grad=False)                                     |
 gemm_4bit(x, weight, shape, absmax, block_size, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None) |
 """
 

@@ -162,6 +162,12 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
             lambda x, t: F.cross_entropy(x.mT, t, reduction="sum"),
         ),
     ],
+    "log_probability_of_a_label": [
+        (
+            lambda x: x.log_softmax(-1).gather(-1, x[..., :1].argmax(-1, keepdim=True)),
+            lambda x: F.log_softmax(x, 2).gather(2, x[..., :1].argmax(-1, keepdim=True), sparse_grad=False),
+        ),
+    ],
     "rows_of_log_probabilities": [
         (lambda x: F.log_softmax(x, -1).reshape(-1, 6), lambda x: F.log_softmax(x.view(-1, 6), -1)),
     ],
@@ -215,6 +221,7 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "from_complex": lambda z: torch.view_as_real(z).flatten(-2),
     "cat": torch.cat, "stack": torch.stack,
     "rows": lambda x: x.flatten(0, -2),
+    "picked": lambda x, index: x.gather(-1, index.view(-1, 1)).view(index.shape),
     "cast": lambda x, dtype: x.to(dtype),
     "log_softmax": lambda x, dim, *_: torch.log_softmax(x, dim),
 }  # fmt: skip
