@@ -216,6 +216,14 @@ class BlockGraph:
     place: Callable[[], str]
     checkpointed: bool = False
     _costs: dict[Any, BlockCosts] = field(default_factory=dict)
+    _others: dict[int, BlockGraph] = field(default_factory=dict)
+
+    def without_gradient(self, at: int) -> BlockGraph:
+        """The same where the input at this position needs no gradient."""
+        if at not in self._others:
+            joint = self.joint.without_gradient(at)
+            self._others[at] = BlockGraph(joint, self.memory, self.place, self.checkpointed)
+        return self._others[at]
 
     def __call__(self, *args: Any) -> Any:
         if not torch.is_grad_enabled():

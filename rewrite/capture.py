@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from . import graph as g
+from .alike import Alias
 from .blocks import BlockGraph, StepMemory
 from .driver import Verifier
 from .errors import first_line
@@ -74,6 +75,20 @@ class Session:
             yield
         finally:
             self._region.path = previous
+
+    @property
+    def alias(self) -> Alias | None:
+        """What the region that is running on this thread was given in place of its input."""
+        return getattr(self._region, "alias", None)
+
+    @contextmanager
+    def aliased(self, alias: Alias | None) -> Iterator[None]:
+        """Run a region that was given ``alias``."""
+        previous, self._region.alias = self.alias, alias
+        try:
+            yield
+        finally:
+            self._region.alias = previous
 
     def compile(self, module: fx.GraphModule, example_inputs: list[Any], rung: str = "graph") -> Callable[..., Any]:
         """Dynamo's backend: rewrite ``module``. Never fails: what cannot be rewritten runs as captured, and is reported."""
@@ -175,7 +190,14 @@ class CapturedGraph:
         if key not in self._seen:
             self._seen.add(key)
             self._note(args)
-        return self.function(*args)
+        alias = self.session.alias
+        if alias is None:
+            return self.function(*args)
+        args, at = alias.instead(args)
+        function = self.function
+        return (function.without_gradient(at) if at is not None and isinstance(function, BlockGraph) else function)(
+            *args
+        )
 
     def _note(self, args: tuple[Any, ...]) -> None:
         region, path, place = self.record.region, self.session.path, self.session.place(self.anchors, args)

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensor
 
+from .alike import Alike
 from .cache import layer_number, narrow_caches, widen_caches
 from .capture import Session, dynamo_settings
 from .errors import CaptureError
@@ -178,6 +179,7 @@ class Installation:
         compiled = torch.compile(captured, backend=self.session.compiler, dynamic=True)
         session, path, layer = self.session, site.path, layer_number(site.module)
         memory = session.memory if session.memory and path in session.memory.paths else None
+        alike = Alike(site.module) if site.alike else None
 
         @torch.compiler.disable(recursive=False)  # called where Dynamo gave a frame up, it would be captured itself
         def run(*args: Any, **kwargs: Any) -> Any:
@@ -185,7 +187,10 @@ class Installation:
                 kwargs = narrow_caches(kwargs, layer)
             try:
                 with session.inside(path), dynamo_settings(), memory.running(path) if memory else nullcontext():
-                    return widen_caches(compiled(*args, **kwargs))
+                    if alike is None:
+                        return widen_caches(compiled(*args, **kwargs))
+                    with alike.arguments(args, kwargs) as (given, named, alias), session.aliased(alias):
+                        return widen_caches(compiled(*given, **named))
             except TorchDynamoException as error:
                 failure = error
             raise _own_error(original, args, kwargs) or failure

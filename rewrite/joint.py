@@ -60,6 +60,13 @@ class JointGraph:
                 self._lowered[saved] = backend(self.module, self.fakes)
         return self._lowered[saved]
 
+    def without_gradient(self, at: int) -> JointGraph:
+        """The same where the input at this position needs no gradient."""
+        fakes = [f.detach() if i == at else f for i, f in enumerate(self.fakes)]
+        other = JointGraph(self.module, fakes, self.recorded)
+        other._context = self._context
+        return other
+
     def _backward(self, saved: frozenset[str] | None, module: fx.GraphModule) -> Callable[..., Any]:
         self.backward[saved] = module.graph
         return self.recorded(_boxed(module), module.graph, True)

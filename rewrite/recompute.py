@@ -261,7 +261,12 @@ class MemoryPlan:
     @property
     def predicted(self) -> int:
         """The predicted peak."""
-        return self.resident + self.working + sum(b.saved_bytes for b in self.blocks[:-1]) + in_flight(self.blocks)
+        return self.resident + self.working + sum(b.saved_bytes for b in self.blocks[:-1]) + self.in_flight
+
+    @property
+    def in_flight(self) -> int:
+        """What one block has in the host's memory."""
+        return in_flight(self.blocks)
 
     @property
     def extra_seconds(self) -> float:
@@ -275,7 +280,8 @@ class MemoryPlan:
 
     def to_dict(self) -> dict[str, Any]:
         """The plan as plain data."""
-        kept = {name: getattr(self, name) for name in ("limit", "resident", "working", "predicted", "measured", "fits")}
+        names = ("limit", "resident", "working", "in_flight", "predicted", "measured", "fits")
+        kept = {name: getattr(self, name) for name in names}
         before = None if self.before is None else {k: getattr(self.before, k) for k in ("predicted", "measured")}
         return kept | {
             "before": before,

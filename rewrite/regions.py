@@ -23,11 +23,13 @@ class Site:
 
     ``region``: captured, and an interruption of any graph around it. ``inline``: captured, and one call in the graph around
     it. ``opaque``: not captured, an interruption. ``traced``: captured by torch.fx, where Dynamo captures nothing.
+    ``alike``: one of several of a class, that are to share graphs.
     """
 
     path: str
     module: nn.Module
     role: Role
+    alike: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ def plan_sites(root: nn.Module, prefix: str = "") -> Plan:
     holders = _holders(root, blocks)
     direct = _direct(holders, blocks)
     inline = {p for p in blocks if next(a for a in _ancestors(p) if a in holders) == ""}
-    sites = [Site(_join(prefix, p), m, "inline" if p in inline else "region") for p, m in blocks.items()]
+    sites = [Site(_join(prefix, p), m, "inline" if p in inline else "region", True) for p, m in blocks.items()]
     sides = {h: [Site(_join(prefix, p), m, "region") for p, m in _side_modules(h, holders[h], blocks)] for h in holders}
     opaque = [Site(_join(prefix, p), m, "opaque") for p, m in holders.items() if p]
     inner = [site for h, found in sides.items() if h for site in found]

@@ -75,9 +75,10 @@ def memory_line(plan: MemoryPlan) -> str:
     measured, before = "", plan.before
     if before is not None and before.measured is not None:
         measured = f"; the step before took {_bytes(before.measured)} of {_bytes(before.predicted)} predicted"
+    flight = f", in flight {_bytes(plan.in_flight)}" if plan.in_flight else ""
     return (
         f"{limit}: predicted peak {_bytes(plan.predicted)}{fits} (resident {_bytes(plan.resident)}, "
-        f"working {_bytes(plan.working)}){measured}; {1000 * plan.extra_seconds:.2f} ms more a step"
+        f"working {_bytes(plan.working)}{flight}){measured}; {1000 * plan.extra_seconds:.2f} ms more a step"
     )
 
 

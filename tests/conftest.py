@@ -45,15 +45,23 @@ def pytest_collection_finish() -> None:
     All libraries are imported by now: what they hold is no garbage. And since a graph's nodes refer to each other, each
     capture makes enough of it to have everything that lives looked through again.
     """
+    _look_no_more_through_what_lives()
+    gc.set_threshold(10_000, 20, 50)
+
+
+def _look_no_more_through_what_lives() -> None:
+    """What torch keeps of every capture, too: after a hundred tests, a Trainer's one look took longer than its steps."""
     gc.collect()
     gc.freeze()
-    gc.set_threshold(10_000, 20, 50)
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> object:
     """pytest's own, where there is room on Python's stack."""
-    return _with_room(item, nextitem)
+    done = _with_room(item, nextitem)
+    if nextitem is None or nextitem.path != item.path:
+        _look_no_more_through_what_lives()
+    return done
 
 
 def _with_room(item: pytest.Item, nextitem: pytest.Item | None) -> object:

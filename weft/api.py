@@ -50,7 +50,7 @@ class Optimized:
         return type(None), ()
 
 
-ATTRIBUTE = "_weft_optimized"
+ATTRIBUTE = "_rewritten"
 
 
 def _optimized(root: Any) -> Optimized | None:

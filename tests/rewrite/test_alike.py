@@ -1,0 +1,111 @@
+"""Blocks of one class share a graph though the first one's input needs no gradient, and none is computed for it."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import weft
+from weft.rewrite.alike import Alike
+
+from ..models import assert_same, batch, llama, outcome, twin, with_lora
+
+MEMORY = (None, "8GB", "min")
+
+
+def graphs_of(model: Any, path: str) -> list[Any]:
+    """Those that the module at ``path`` runs."""
+    return [g for g in model.rewrite_report.graphs if path in g.region.paths]
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_the_first_block_has_the_graphs_of_the_others(memory: str | None) -> None:
+    model = with_lora(llama(num_hidden_layers=3))
+    plain = twin(model)
+    weft.optimize(model, verify=False, memory=memory)
+    layers = "base_model.model.model.layers."
+    assert [g.region.paths for g in graphs_of(model, layers + "0")] == [
+        g.region.paths for g in graphs_of(model, layers + "2")
+    ]
+    for seed in range(2):
+        inputs = batch(2, 9, seed=seed, padded=seed == 1)
+        assert_same(outcome(model, inputs), outcome(plain, inputs))
+
+
+class InPlace(nn.Module):
+    """Two blocks that write to their input, a scaled one."""
+
+    class Block(nn.Module):
+        """x ← x + tanh(1.5 x W) V"""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.up = nn.Linear(8, 16)
+            self.down = nn.Linear(16, 8)
+
+        def forward(self, x: Tensor) -> Tensor:
+            """In place."""
+            x += self.down(torch.tanh(self.up(x * 1.5)))
+            return x
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([self.Block(), self.Block()])
+
+    def forward(self, x: Tensor) -> SimpleNamespace:
+        """The loss, and what became of the input."""
+        x = x * 2
+        for block in self.blocks:
+            x = block(x)
+        return SimpleNamespace(loss=x.square().mean(), logits=x)
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_an_input_that_is_written_to(memory: str | None) -> None:
+    torch.manual_seed(0)
+    model = InPlace()
+    plain, x = twin(model), torch.randn(2, 5, 8)
+    weft.optimize(model, mode="train", example_inputs={"x": x}, memory=memory)
+    for _ in range(2):
+        assert_same(outcome(model, {"x": x}), outcome(plain, {"x": x}))
+
+
+@pytest.mark.parametrize("memory", MEMORY)
+def test_no_gradient_is_computed_for_it(memory: str | None) -> None:
+    model = with_lora(llama(num_hidden_layers=3))
+    plain = twin(model)
+    weft.optimize(model, verify=False, memory=memory)
+    counts = []
+    for m in (model, plain):
+        with torch.profiler.profile() as profile:
+            m(**batch(2, 9)).loss.backward()
+        counts.append(sum(e.count for e in profile.key_averages() if "AccumulateGrad" in e.key))
+        aliases = sum(e.count for e in profile.key_averages() if "AliasedBackward" in e.key)
+        assert aliases == 0, "what the first block computed goes on behind its input"
+    assert counts[0] == counts[1]
+
+
+def test_what_no_graph_meets_is_not_aliased_again() -> None:
+    block = nn.Linear(3, 3)
+    alike, x = Alike(block), torch.ones(2, 3)
+    with alike.arguments((x, x), {"y": x}) as (args, kwargs, alias):
+        assert alias is not None and args[0] is args[1] is kwargs["y"] is alias.alias
+        assert alias.alias.requires_grad and not alias.alias.is_leaf and alias.alias.data_ptr() == x.data_ptr()
+        assert alias.instead((1, alias.alias))[0][1] is x
+    with alike.arguments((x,), {}) as (_, _, alias):
+        assert alias is not None
+    with alike.arguments((x,), {}) as (args, _, alias):
+        assert alias is None and args[0] is x
+
+
+@pytest.mark.parametrize("why", ["needs a gradient", "nothing is trained", "no gradients", "integers"])
+def test_no_alias_where_there_is_no_need(why: str) -> None:
+    block = nn.Linear(3, 3).requires_grad_(why != "nothing is trained")
+    x = torch.ones(2, 3, dtype=torch.long if why == "integers" else torch.float32)
+    x.requires_grad_(why == "needs a gradient")
+    with torch.set_grad_enabled(why != "no gradients"), Alike(block).arguments((x,), {}) as (args, _, alias):
+        assert alias is None and args[0] is x
