@@ -101,7 +101,7 @@ class FuseLinearCrossEntropy(RewriteRule):
         )  # fmt: skip
         if m.loss == "picked":
             loss = (-loss).view(sizes(m.root))
-        if dtype_of(m.root) != torch.float32:
+        if dtype_of(m.root) != (torch.float64 if product_dtype(m.x) == torch.float64 else torch.float32):
             loss = loss.to(dtype_of(m.root))
         kind = dtype_of(m.outputs[1])
         if self.logits == "drop":

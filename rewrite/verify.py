@@ -1,7 +1,9 @@
 """Replays a replacement against what it replaces: forward and gradients, judged against float64.
 
 A replacement passes if the largest error of each output and each gradient is at most twice the original's own, in the same
-dtype, plus one unit in the last place. Inputs that are parameters keep their real values; activations are drawn.
+dtype, plus one unit in the last place. Of an original in float64 nothing more exact is known: its own error is taken to be √n
+units in the last place at least, for the n numbers of its largest input. Inputs that are parameters keep their real values;
+activations are drawn.
 """
 
 from __future__ import annotations
@@ -72,13 +74,13 @@ class Replayer:
         exact = _run(Float64(old).run, wide, tracked)
         eager = _run(old, inputs, tracked)
         ours = _run(new, inputs, tracked)
-        worst = 0.0
+        worst, terms = 0.0, max((i.numel() for i in inputs if isinstance(i, Tensor)), default=0)
         for name, truth, peer, got in _compare(exact, eager, ours):
             if truth is None or peer is None:
                 continue
             if got is None:
                 return None, f"replay: {name} has no gradient"
-            share = _share(truth, peer, got)
+            share = _share(truth, peer, got, terms)
             worst = max(worst, share)
             if not share <= 1.0:
                 return share, f"replay: {name} is off by {share:.3g} times what is allowed"
@@ -211,7 +213,7 @@ def _compare(exact: Run, eager: Run, ours: Run) -> list[tuple[str, Tensor | None
     return outputs + [(f"gradient {i}", *t) for i, t in enumerate(zip(exact[1], eager[1], ours_grads, strict=True))]
 
 
-def _share(truth: Tensor, peer: Tensor, got: Tensor) -> float:
+def _share(truth: Tensor, peer: Tensor, got: Tensor, terms: int) -> float:
     """Error of ``got`` over what is allowed; NaN where its NaN and infinities are not those of ``peer``."""
     finite = torch.isfinite(peer)
     if got.shape != peer.shape or not torch.equal(torch.isfinite(got), finite):
@@ -220,5 +222,7 @@ def _share(truth: Tensor, peer: Tensor, got: Tensor) -> float:
     size = lambda t: float(t.abs().max()) if t.numel() else 0.0  # noqa: E731
     own = size((peer.double() - exact).masked_fill(~finite, 0))
     error = size((got.double() - exact).masked_fill(~finite, 0))
+    if peer.dtype == torch.float64:
+        own = max(own, torch.finfo(peer.dtype).eps * terms**0.5 * size(exact))
     allowed = 2 * own + torch.finfo(got.dtype).eps * max(size(exact), torch.finfo(got.dtype).tiny)
     return error / allowed
