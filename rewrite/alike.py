@@ -8,8 +8,6 @@ is computed that nobody asked for.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,30 +46,25 @@ class _Aliased(torch.autograd.Function):
 
 
 class Alike:
-    """The input of one block, call after call. After a call in which no graph met the alias there is none any more."""
+    """The first argument of one block, call after call. After a call in which no graph met the alias there is none any more."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.met = True
         self._one = torch.ones((), requires_grad=True)
 
-    @contextmanager
-    def arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[tuple[Any, Any, Alias | None]]:
-        """The arguments to call the block with."""
-        given = self._input(args, kwargs)
-        if given is None:
-            yield args, kwargs, None
-            return
-        alias: Any = _Aliased.apply(self._one, given)
-        found = Alias(alias, given)
-        swap = lambda a: alias if a is given else a  # noqa: E731
-        yield tuple(map(swap, args)), {k: swap(v) for k, v in kwargs.items()}, found
-        self.met = found.met
+    @torch.compiler.disable()  # where a graph around the block was interrupted, Dynamo would capture this
+    def alias(self, first: Any) -> Alias | None:
+        """For ``first``; None where there is no need, or no use."""
+        if type(first) is not Tensor or not first.is_floating_point() or first.is_inference():
+            return None
+        if torch._C._are_functorch_transforms_active() or not any(p.requires_grad for p in self.module.parameters()):
+            return None
+        alias: Any = _Aliased.apply(self._one, first)
+        return Alias(alias, first)
 
-    def _input(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor | None:
-        if not self.met or not torch.is_grad_enabled() or torch._C._are_functorch_transforms_active():
-            return None
-        first = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor) and a.is_floating_point()), None)
-        if first is None or type(first) is not Tensor or first.requires_grad or first.is_inference():
-            return None
-        return first if any(p.requires_grad for p in self.module.parameters()) else None
+
+def swapped(args: tuple[Any, ...], kwargs: dict[str, Any], alias: Alias) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a block with the alias in the input's place."""
+    swap = lambda a: alias.alias if a is alias.given else a  # noqa: E731
+    return tuple(map(swap, args)), {k: swap(v) for k, v in kwargs.items()}

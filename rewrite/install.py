@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .alike import Alike
+from .alike import Alike, swapped
 from .cache import layer_number, narrow_caches, widen_caches
 from .capture import Session, dynamo_settings
 from .errors import CaptureError
@@ -187,10 +187,17 @@ class Installation:
                 kwargs = narrow_caches(kwargs, layer)
             try:
                 with session.inside(path), dynamo_settings(), memory.running(path) if memory else nullcontext():
-                    if alike is None:
+                    alias = None
+                    if alike is not None and alike.met and torch.is_grad_enabled():
+                        first = args[0] if args else next(iter(kwargs.values()), None)
+                        alias = None if getattr(first, "requires_grad", True) else alike.alias(first)
+                    if alike is None or alias is None:
                         return widen_caches(compiled(*args, **kwargs))
-                    with alike.arguments(args, kwargs) as (given, named, alias), session.aliased(alias):
-                        return widen_caches(compiled(*given, **named))
+                    given, named = swapped(args, kwargs, alias)
+                    with session.aliased(alias):
+                        result = widen_caches(compiled(*given, **named))
+                    alike.met = alias.met
+                    return result
             except TorchDynamoException as error:
                 failure = error
             raise _own_error(original, args, kwargs) or failure
