@@ -35,6 +35,15 @@ Key = tuple[str, int]
 """A block's path, and which of its graphs."""
 
 
+@dataclass(frozen=True)
+class Trained:
+    """The parameters that get a gradient, the bytes of each on this device, and how many numbers they are."""
+
+    parameters: list[nn.Parameter]
+    bytes: list[int]
+    count: int
+
+
 @dataclass
 class StepMemory:
     """Plans the memory of a model's training steps, one forward at a time.
@@ -65,10 +74,11 @@ class StepMemory:
     _first_resident: int = 0
     _store: HostStore | None = None
     _parameters: list[nn.Parameter] | None = None
+    _trained: Trained | None = None
 
     def recount(self) -> None:
-        """A graph was captured: the model may have other parameters than before."""
-        self._parameters = None
+        """A graph was captured: the model may have other parameters than before, or train others."""
+        self._parameters = self._trained = None
         if self.recordings is not None:
             self.recordings.moved()
 
@@ -78,6 +88,15 @@ class StepMemory:
         if self._parameters is None:
             self._parameters = list(self.model.parameters())
         return self._parameters
+
+    @property
+    def trained(self) -> Trained:
+        """What a step trains."""
+        if self._trained is None:
+            trained = [p for p in self.parameters if p.requires_grad]
+            here = [_here(p) for p in trained]
+            self._trained = Trained(trained, [t.nbytes for t in here], sum(t.numel() for t in here))
+        return self._trained
 
     @contextmanager
     def running(self, path: str) -> Iterator[None]:
@@ -144,8 +163,7 @@ class StepMemory:
         """Bytes that recordings keep for what is planned anew: saved values and gradients. Those of other sizes are resident."""
         if self.recordings is None or not self.recordings.bytes or former is None:
             return 0
-        gradients = sum(_here(p).nbytes for p in self.parameters if p.requires_grad)
-        return min(self.recordings.bytes, sum(b.saved_bytes for b in former.blocks) + gradients)
+        return min(self.recordings.bytes, sum(b.saved_bytes for b in former.blocks) + sum(self.trained.bytes))
 
     def roomy(self, costs: BlockCosts) -> bool:
         """Whether all blocks could save all at these costs, by what was resident when the last forward began."""
@@ -177,14 +195,14 @@ class StepMemory:
 
         An optimizer that has stepped has changed the parameters in place, or if it did so unseen, has taken memory.
         """
-        trained = [p for p in self.parameters if p.requires_grad]
-        versions, count = sum(p._version for p in trained), sum(_here(p).numel() for p in trained)
+        trained = self.trained
+        versions = sum([p._version for p in trained.parameters])
         if self._versions is None:
             self._versions, self._first_resident = versions, now
-        held = sum(_here(p.grad).nbytes for p in trained if p.grad is not None)
-        stepped = versions != self._versions or now - held - self._first_resident >= count
-        missing = sum(_here(p).nbytes for p in trained if p.grad is None)
-        return missing + (0 if stepped else ADAM_BYTES * count)
+        missing = sum([n for p, n in zip(trained.parameters, trained.bytes, strict=True) if p.grad is None])
+        held = sum(trained.bytes) - missing  # gradients are as large as what they are of
+        stepped = versions != self._versions or now - held - self._first_resident >= trained.count
+        return missing + (0 if stepped else ADAM_BYTES * trained.count)
 
     def saving(self, option: Option, args: Sequence[Any]) -> AbstractContextManager[Any]:
         """Entered around a block's call, sends to the host what the option keeps there."""
