@@ -39,7 +39,7 @@ def test_the_first_block_has_the_graphs_of_the_others(memory: str | None) -> Non
         with torch.profiler.profile() as profile:
             m(**batch(2, 9)).loss.backward()
         nodes.append(
-            [sum(e.count for e in profile.key_averages() if n in e.key) for n in ("AccumulateGrad", "Aliased")]
+            [sum(e.count for e in profile.key_averages() if n in e.key) for n in ("AccumulateGrad", "AliasedBackward")]
         )
     assert nodes[0] == nodes[1] and nodes[0][1] == 0, "what the first block computes goes on behind its input"
 
