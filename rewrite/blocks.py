@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from .cuda_graphs import Recordings
+from .device_memory import free_bytes, here, host_memory, peak_bytes, resident_bytes
 from .joint import JointGraph
 from .offload import HostStore
 from .rates import Rates, measured_rates
@@ -23,9 +22,6 @@ ADAM_BYTES = 8
 
 FILLED = 0.95
 """Of the memory that is free, what may be planned with: the allocator's blocks do not fit together without gaps."""
-
-HOST_SHARE = 0.25
-"""Of the host's memory, what may hold what blocks save: pinned, nobody else can have it."""
 
 REMEMBERED = 256
 """Sizes of calls whose options are kept. A call no larger than one that left room to save all is not looked at anew."""
@@ -94,8 +90,8 @@ class StepMemory:
         """What a step trains."""
         if self._trained is None:
             trained = [p for p in self.parameters if p.requires_grad]
-            here = [_here(p) for p in trained]
-            self._trained = Trained(trained, [t.nbytes for t in here], sum(t.numel() for t in here))
+            parts = [here(p) for p in trained]
+            self._trained = Trained(trained, [t.nbytes for t in parts], sum(t.numel() for t in parts))
         return self._trained
 
     @contextmanager
@@ -147,7 +143,9 @@ class StepMemory:
         device = next(a.device for a in args if isinstance(a, Tensor))
         former = self.plan
         if former is not None:
-            former.measured, former.before = _peak_since(former, device), None
+            peak = peak_bytes(device)
+            # its own, if that was the highest since the allocator's statistics began
+            former.measured, former.before = None if peak == former.peak_before else peak, None
         self._shapes = _shapes(args)
         now = resident_bytes(self.parameters, self.model.buffers(), device) - self._kept(former)
         limit = now + int(FILLED * free_bytes(device)) if self.limit == "free" else self.limit
@@ -157,7 +155,7 @@ class StepMemory:
         working = max([costs.working, head + costs.options[0].bytes, *(self._costs[k].working for k in expected)])
         resident = now + self._pending(now)
         self.plan = MemoryPlan(None if limit == "min" else limit, resident, working, before=former)
-        self.plan.peak_before = _peak(device)
+        self.plan.peak_before = peak_bytes(device)
 
     def _kept(self, former: MemoryPlan | None) -> int:
         """Bytes that recordings keep for what is planned anew: saved values and gradients. Those of other sizes are resident."""
@@ -285,42 +283,3 @@ def _rates(args: Sequence[Any]) -> Rates:
 
 def _shapes(args: Sequence[Any]) -> tuple[Any, ...]:
     return tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in args if not isinstance(a, nn.Parameter))
-
-
-def resident_bytes(parameters: Sequence[Tensor], buffers: Iterable[Tensor], device: torch.device) -> int:
-    """Bytes taken now: on a GPU what its allocator has given out, elsewhere the model and its gradients."""
-    if device.type == "cuda":
-        return torch.cuda.memory_allocated(device)
-    held = [*parameters, *buffers, *(p.grad for p in parameters if p.grad is not None)]
-    storages = [_here(t).untyped_storage() for t in held]
-    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
-
-
-@cache
-def host_memory() -> int:
-    """Bytes of the host's memory that may be pinned for what blocks save."""
-    return int(HOST_SHARE * os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-
-
-def _here(tensor: Tensor) -> Tensor:
-    """This process' part of a sharded tensor; else itself."""
-    to_local = getattr(tensor, "to_local", None)
-    return tensor if to_local is None else to_local()
-
-
-def free_bytes(device: torch.device) -> int:
-    """Bytes that can still be allocated: free on the device, or held by torch's allocator and not given out."""
-    if device.type != "cuda":
-        return 2**62
-    free, _ = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-
-
-def _peak(device: torch.device) -> int | None:
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
-
-
-def _peak_since(plan: MemoryPlan | None, device: torch.device) -> int | None:
-    """The peak of the step that ``plan`` was for, if it was the highest since the allocator's statistics began."""
-    now = _peak(device)
-    return None if plan is None or now == plan.peak_before else now
