@@ -183,7 +183,8 @@ class StepMemory:
         room = None
         if plan.limit is not None:
             room = plan.limit - plan.resident - plan.working - sum(b.saved_bytes for b in plan.blocks[:done])
-        host = host_memory() - sum(b.host_bytes for b in plan.blocks[:done])
+        # pinning much of the host's memory is for who sets a limit to ask for: else inputs go there alone
+        host = 0 if self.limit == "free" else host_memory() - sum(b.host_bytes for b in plan.blocks[:done])
         chosen = options_within([self._costs.get(k, like) for k in to_come], room, host)
         self._chosen |= dict(zip(to_come, chosen, strict=True))
         plan.blocks[done:] = [_record(path, o) for (path, _), o in zip(to_come, chosen, strict=True)]

@@ -114,6 +114,7 @@ def test_what_is_on_its_way_has_room(blocks: list[BlockCosts], room: int, host: 
     free = choose_options(blocks, room)
     if needed(free) <= room and sum(o.host_bytes for o in free) <= host:
         assert chosen == free
+    assert not any(o.all_away for o in options_within(blocks, room, 0))
     assert options_within(blocks, None, host) == choose_options([replace(b, options=b.narrow) for b in blocks], 0)
 
 
