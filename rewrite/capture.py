@@ -68,27 +68,19 @@ class Session:
         return getattr(self._region, "path", "")
 
     @contextmanager
-    def inside(self, path: str) -> Iterator[None]:
-        """Run a region: graphs captured meanwhile belong to ``path``."""
-        previous, self._region.path = self.path, path
+    def inside(self, path: str, alias: Alias | None = None) -> Iterator[None]:
+        """Run a region, that was given ``alias``: graphs captured meanwhile belong to ``path``."""
+        previous = self.path, self.alias
+        self._region.path, self._region.alias = path, alias or self.alias
         try:
             yield
         finally:
-            self._region.path = previous
+            self._region.path, self._region.alias = previous
 
     @property
     def alias(self) -> Alias | None:
         """What the region that is running on this thread was given in place of its input."""
         return getattr(self._region, "alias", None)
-
-    @contextmanager
-    def aliased(self, alias: Alias | None) -> Iterator[None]:
-        """Run a region that was given ``alias``."""
-        previous, self._region.alias = self.alias, alias
-        try:
-            yield
-        finally:
-            self._region.alias = previous
 
     def compile(self, module: fx.GraphModule, example_inputs: list[Any], rung: str = "graph") -> Callable[..., Any]:
         """Dynamo's backend: rewrite ``module``. Never fails: what cannot be rewritten runs as captured, and is reported."""
@@ -190,14 +182,12 @@ class CapturedGraph:
         if key not in self._seen:
             self._seen.add(key)
             self._note(args)
-        alias = self.session.alias
-        if alias is None:
-            return self.function(*args)
-        args, at = alias.instead(args)
-        function = self.function
-        return (function.without_gradient(at) if at is not None and isinstance(function, BlockGraph) else function)(
-            *args
-        )
+        alias, function = self.session.alias, self.function
+        if alias is not None:
+            args, at = alias.instead(args)
+            if at is not None and isinstance(function, BlockGraph):
+                function = function.without_gradient(at)
+        return function(*args)
 
     def _note(self, args: tuple[Any, ...]) -> None:
         region, path, place = self.record.region, self.session.path, self.session.place(self.anchors, args)

@@ -185,19 +185,18 @@ class Installation:
         def run(*args: Any, **kwargs: Any) -> Any:
             if layer is not None:
                 kwargs = narrow_caches(kwargs, layer)
+            alias, given, named = None, args, kwargs
+            if alike is not None and alike.met and torch.is_grad_enabled():
+                first = args[0] if args else next(iter(kwargs.values()), None)
+                alias = None if getattr(first, "requires_grad", True) else alike.alias(first)
+            if alias is not None:
+                given, named = swapped(args, kwargs, alias)
             try:
-                with session.inside(path), dynamo_settings(), memory.running(path) if memory else nullcontext():
-                    alias = None
-                    if alike is not None and alike.met and torch.is_grad_enabled():
-                        first = args[0] if args else next(iter(kwargs.values()), None)
-                        alias = None if getattr(first, "requires_grad", True) else alike.alias(first)
-                    if alike is None or alias is None:
-                        return widen_caches(compiled(*args, **kwargs))
-                    given, named = swapped(args, kwargs, alias)
-                    with session.aliased(alias):
-                        result = widen_caches(compiled(*given, **named))
+                with session.inside(path, alias), dynamo_settings(), memory.running(path) if memory else nullcontext():
+                    result = widen_caches(compiled(*given, **named))
+                if alike is not None and alias is not None:
                     alike.met = alias.met
-                    return result
+                return result
             except TorchDynamoException as error:
                 failure = error
             raise _own_error(original, args, kwargs) or failure

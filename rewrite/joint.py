@@ -39,13 +39,19 @@ class JointGraph:
         recorded: what each forward and backward becomes.
     """
 
-    def __init__(self, module: fx.GraphModule, fakes: Sequence[Any], recorded: Recorder | None = None) -> None:
+    def __init__(
+        self,
+        module: fx.GraphModule,
+        fakes: Sequence[Any],
+        recorded: Recorder | None = None,
+        context: TracingContext | None = None,
+    ) -> None:
         self.module = module
         self.fakes = list(fakes)
         self.recorded = recorded or (lambda function, *_: function)
         self.graph: fx.Graph | None = None
         self.backward: dict[frozenset[str] | None, fx.Graph] = {}
-        self._context = TracingContext.try_get()
+        self._context = context or TracingContext.try_get()
         self._lowered: dict[frozenset[str] | None, Callable[..., Any]] = {}
 
     def lower(self, saved: frozenset[str] | None = None) -> Callable[..., Any]:
@@ -63,9 +69,7 @@ class JointGraph:
     def without_gradient(self, at: int) -> JointGraph:
         """The same where the input at this position needs no gradient."""
         fakes = [f.detach() if i == at else f for i, f in enumerate(self.fakes)]
-        other = JointGraph(self.module, fakes, self.recorded)
-        other._context = self._context
-        return other
+        return JointGraph(self.module, fakes, self.recorded, self._context)
 
     def _backward(self, saved: frozenset[str] | None, module: fx.GraphModule) -> Callable[..., Any]:
         self.backward[saved] = module.graph

@@ -22,7 +22,7 @@ from torch.autograd.graph import saved_tensors_hooks
 IN_FLIGHT = 1
 """Blocks whose copies to the host the computation may be ahead of."""
 LARGE = 2**20
-"""Bytes below which a tensor stays: that is a block's every row in a narrow tensor, and costs a copy's launch."""
+"""Bytes below which a tensor stays: it frees little, and launching its copies takes as long as a large one's."""
 
 
 class Group:
@@ -94,14 +94,18 @@ class HostStore:
         """``kept`` on the device again, and the copies of its block and of the block before it begun."""
         current = torch.cuda.current_stream(kept.device)
         self._let_go(current, 0)
-        self._waiting = [g for g in self._waiting if g.items and g is not kept.group]
         tensor, arrived = kept.start(self._stream)
-        for group in (kept.group, *self._waiting[-1:]):
-            for item in group.items:
-                if not item.asked_for:
-                    item.start(self._stream)
+        if any(g is kept.group for g in self._waiting):
+            self._begin(kept.group)
         current.wait_event(arrived)
         return tensor
+
+    def _begin(self, group: Group) -> None:
+        """Once for each block: what has come back since must not be copied again."""
+        self._waiting = [g for g in self._waiting if g.items and g is not group]
+        for each in (group, *self._waiting[-1:]):
+            for item in each.items:
+                item.start(self._stream)
 
     def release(self, buffer: Tensor) -> None:
         """``buffer`` may be written again."""
@@ -126,8 +130,6 @@ class Offloaded:
         self.buffer = buffer
         self.device = device
         self.group = group
-        self.asked_for = False
-        """A backward has it; it may ask again."""
         self._store = store
         self._arriving: tuple[Tensor, Any] | None = None
 
@@ -144,7 +146,6 @@ class Offloaded:
 
     def back(self) -> Tensor:
         """On the device, for the backward."""
-        self.asked_for = True
         tensor = self._store.fetch(self)
         self._arriving = None
         return tensor

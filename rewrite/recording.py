@@ -172,11 +172,6 @@ class Recording:
         self.others = [i for i, r in enumerate(self.results) if isinstance(r, Tensor | Seen) and i not in passed]
 
     @property
-    def storages(self) -> list[torch.UntypedStorage]:
-        """What a replay writes to."""
-        return [storage for storage, *_ in self.watched]
-
-    @property
     def is_in_use(self) -> bool:
         """Whether somebody refers to results where graphs made before compute."""
         return self.pooled and any(use_count(storage) > unused for storage, unused, _ in self.watched)

@@ -128,9 +128,8 @@ def test_a_product_is_within_its_bound(dtype: torch.dtype, data: st.DataObject) 
     found = fp8.multiply(fp8.quantize_rows(left), fp8.quantize_rows(right), dtype)
     off = (found.double() - left.double() @ right.double().t()).abs()
     assert found.dtype == dtype and found.is_contiguous() and found.shape == (m, n)
-    subnormal = (
-        torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
-    )  # results that small are rounded to multiples of it
+    # results that small are rounded to multiples of the least subnormal number
+    subnormal = torch.finfo(dtype).smallest_normal * torch.finfo(dtype).eps
     assert bool(off.le(fp8.error_bound(left, right) + subnormal).all())
 
 

@@ -44,28 +44,49 @@ def test_the_first_block_has_the_graphs_of_the_others(memory: str | None) -> Non
     assert nodes[0] == nodes[1] and nodes[0][1] == 0, "what the first block computes goes on behind its input"
 
 
-class InPlace(nn.Module):
-    """Two blocks that write to their input, a scaled one."""
-
-    class Block(nn.Module):
-        """x ← x + tanh(1.5 x W) V"""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Linear(8, 16)
-            self.down = nn.Linear(16, 8)
-
-        def forward(self, x: Tensor) -> Tensor:
-            """In place."""
-            x += self.down(torch.tanh(self.up(x * 1.5)))
-            return x
+class Block(nn.Module):
+    """Two linears."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList([self.Block(), self.Block()])
+        self.up = nn.Linear(8, 16)
+        self.down = nn.Linear(16, 8)
+        self.seen: list[bool] = []
+
+
+class InPlace(Block):
+    """x ← x + tanh(1.5 x W) V"""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """In place."""
+        x += self.down(torch.tanh(self.up(x * 1.5)))
+        return x
+
+
+class Apart(Block):
+    """y = tanh(copy(x) W) V, of which Dynamo captures what is behind the copy: no graph is given the input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The copy is made by what Dynamo leaves alone."""
+        return self.down(torch.tanh(self.up(self.copied(x))))
+
+    @torch.compiler.disable
+    def copied(self, x: Tensor) -> Tensor:
+        """As it was given, which is noted."""
+        self.seen.append(x.requires_grad)
+        return x.clone()
+
+
+class Two(nn.Module):
+    """Two blocks of a class."""
+
+    def __init__(self, block: type[Block]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.blocks = nn.ModuleList([block(), block()])
 
     def forward(self, x: Tensor) -> SimpleNamespace:
-        """The loss, and what became of the input."""
+        """The loss and the result of a scaled input."""
         x = x * 2
         for block in self.blocks:
             x = block(x)
@@ -74,8 +95,7 @@ class InPlace(nn.Module):
 
 @pytest.mark.parametrize("memory", MEMORY)
 def test_an_input_that_is_written_to(memory: str | None) -> None:
-    torch.manual_seed(0)
-    model = InPlace()
+    model = Two(InPlace)
     plain, x = twin(model), torch.randn(2, 5, 8)
     weft.optimize(model, mode="train", example_inputs={"x": x}, memory=memory)
     for _ in range(2):
@@ -93,42 +113,8 @@ def test_an_alias_stands_wherever_the_input_does() -> None:
     assert alias.instead((1, alias.alias)) == ((1, x), 1) and alias.met
 
 
-class Apart(nn.Module):
-    """Two blocks whose input no graph is given: what Dynamo captures begins behind a copy."""
-
-    class Block(nn.Module):
-        """y = tanh(copy(x) W) V"""
-
-        def __init__(self) -> None:
-            super().__init__()
-            self.up = nn.Linear(8, 16)
-            self.down = nn.Linear(16, 8)
-            self.seen: list[bool] = []
-
-        def forward(self, x: Tensor) -> Tensor:
-            """The copy is made by what Dynamo leaves alone."""
-            return self.down(torch.tanh(self.up(self.copied(x))))
-
-        @torch.compiler.disable
-        def copied(self, x: Tensor) -> Tensor:
-            """As it was given, which is noted."""
-            self.seen.append(x.requires_grad)
-            return x.clone()
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([self.Block(), self.Block()])
-
-    def forward(self, x: Tensor) -> SimpleNamespace:
-        """The loss and the result."""
-        for block in self.blocks:
-            x = block(x)
-        return SimpleNamespace(loss=x.square().mean(), logits=x)
-
-
 def test_what_no_graph_meets_is_not_aliased_again() -> None:
-    torch.manual_seed(0)
-    model = Apart()
+    model = Two(Apart)
     plain, x = twin(model), torch.randn(2, 5, 8)
     weft.optimize(model, mode="train", example_inputs={"x": x})
     first: Any = model.blocks[0]

@@ -172,15 +172,22 @@ def test_a_second_backward_asks_again() -> None:
     assert all(torch.equal(a, b) for found in seen for a, b in zip(found, (x, *saved), strict=True)) and len(seen) == 2
 
 
-def test_the_block_before_is_under_way() -> None:
-    """Its copies have begun when a block's own are there."""
-    store, kept = HostStore(DEVICE), list[Tensor]()
+def three_blocks(store: HostStore) -> list[Tensor]:
+    """Results of blocks that have three tensors each in the host's memory."""
+    results = list[Tensor]()
     x = normal(0, 5, 8).to(DEVICE).requires_grad_()
     for _ in range(3):
         y = x * 1
         with store.offloading(y, [y]):
-            kept.append(Saves.apply(y, [], *tensors(0, 2)))  # type: ignore[arg-type]
+            results.append(Saves.apply(y, [], *tensors(0, 2)))  # type: ignore[arg-type]
         del y
+    return results
+
+
+def test_the_block_before_is_under_way() -> None:
+    """Its copies have begun when a block's own are there."""
+    store = HostStore(DEVICE)
+    kept = three_blocks(store)
     groups = list(store._waiting)
     begun = lambda: [[i._arriving is not None for i in g.items] for g in groups]  # noqa: E731
     assert [len(g.items) for g in groups] == [3, 3, 3]
@@ -191,13 +198,7 @@ def test_the_block_before_is_under_way() -> None:
 
 
 def test_what_has_begun_and_nobody_asks_for_is_waited_for(copies: Copies) -> None:
-    store, kept = HostStore(DEVICE), list[Tensor]()
-    x = normal(0, 5, 8).to(DEVICE).requires_grad_()
-    for _ in range(3):
-        y = x * 1
-        with store.offloading(y, [y]):
-            kept.append(Saves.apply(y, [], *tensors(0, 2)))  # type: ignore[arg-type]
-        del y
+    kept = three_blocks(HostStore(DEVICE))
     kept.pop().sum().backward()
     kept.clear()
     assert copies.done == copies.count

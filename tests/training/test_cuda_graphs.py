@@ -38,9 +38,8 @@ def both(**options: Any) -> tuple[Any, Any]:
 
 
 def test_steps_of_a_trained_model() -> None:
-    pair = (
-        both()
-    )  # on a GPU its attention in float32 is torch's, whose backward is another call once the forward is recorded
+    """On a GPU attention in float32 is torch's: its backward is another call once the forward is recorded."""
+    pair = both()
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in pair]
     for seed in range(7):
         for m in pair:
