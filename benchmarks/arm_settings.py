@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any
 
 ARMS = ("hf", "regional", "compile", "weft", "weft_fp8", "unsloth", "liger")
+READY = "READY"
+"""What an arm prints when it waits for its turn."""
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
+ATTENTION, MLP = ["q_proj", "k_proj", "v_proj", "o_proj"], ["gate_proj", "up_proj", "down_proj"]
+TARGETS = {
+    "GPTNeoXConfig": ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"],
+    "Phi3Config": ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"],
+    "MixtralConfig": ATTENTION,
+}
+"""Names of all linears, where they are not those of :data:`ATTENTION` and :data:`MLP`. Mixtral's experts are no linears."""
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama8b": ("LlamaConfig", {
         "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -72,6 +81,7 @@ class Setting:
     memory: str = ""
     verify: bool = True
     models: str = ""
+    in_turns: bool = False
 
     @property
     def base(self) -> str:

@@ -15,10 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from .arm_settings import SHAPES, TOKENS, Setting
+from .arm_settings import ATTENTION, MLP, SHAPES, TARGETS, TOKENS, Setting
 
 RANK = 16
-TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
 
 def device() -> torch.device:
@@ -89,14 +88,16 @@ def build(setting: Setting) -> Any:
     if setting.base == "compile":
         model.compile(dynamic=False)
     if setting.base == "regional":
-        for layer in [m for m in model.modules() if type(m).__name__.endswith("DecoderLayer")]:
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        for layer in [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]:
             layer.compile(dynamic=False)
     return model
 
 
 def _lora(setting: Setting) -> dict[str, Any]:
-    """LoRA on every linear; Unsloth asks for their names, which PEFT finds out."""
-    targets = TARGETS if setting.base == "unsloth" or setting.shape in ("llama8b", "qwen1.5b") else "all-linear"
+    """LoRA on every linear."""
+    targets = TARGETS.get(SHAPES[setting.shape][0], ATTENTION + MLP)
     return {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "bias": "none", "target_modules": targets}
 
 

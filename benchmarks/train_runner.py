@@ -8,12 +8,13 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from .arm_settings import missing
+from .arm_settings import READY, missing
 from .environment import write
 from .train_step import PREFIX, setting_of
 
@@ -29,22 +30,89 @@ def interleave(given: argparse.Namespace) -> int:
     """
     absent = {arm: package for arm in given.interleave if (package := missing(arm))}
     arms = [arm for arm in given.interleave if arm not in absent]
-    common = {k: v for k, v in asdict(setting_of(given, "")).items() if k not in ("arm", "models")}
+    common = {k: v for k, v in asdict(setting_of(given, "")).items() if k not in ("arm", "models", "in_turns")}
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     limits = json.loads(_last_line(_python(["benchmarks.ceilings"], given.limit, stderr=None)))
     if any(setting_of(given, arm).loads for arm in arms):
         save_models(given)
     with tempfile.TemporaryDirectory() as caches:
-        for arm in [arm for _ in range(given.rounds) for arm in arms]:
-            results[arm].append(run(arm, given, Path(caches) / arm))
-            show(arm, results[arm][-1], results)
+        found = together(arms, given, Path(caches)) if given.together else in_turn(arms, given, Path(caches))
+        for arm, result in found:
+            results[arm].append(result)
+            show(arm, result, results)
             write(
-                given.out, "train_step", ceilings=limits, setting=common,
+                given.out, "train_step", ceilings=limits, setting=common | {"together": given.together},
                 arms=results, not_installed=absent,
             )  # fmt: skip
     for arm, package in absent.items():
         print(f"{arm:14} not installed: {package}")
     return int(any("failed" in found for runs in results.values() for found in runs))
+
+
+Found = Iterator[tuple[str, dict[str, Any]]]
+"""Results of arms, as they come."""
+
+
+def in_turn(arms: Sequence[str], given: argparse.Namespace, caches: Path) -> Found:
+    """One arm after the other, each in a process that has ended when the next one begins."""
+    for arm in [arm for _ in range(given.rounds) for arm in arms]:
+        yield arm, run(arm, given, caches / arm)
+
+
+def together(arms: Sequence[str], given: argparse.Namespace, caches: Path) -> Found:
+    """All arms at once: they are set up side by side, and take their timed steps in turn."""
+    started = [Waiting(arm, given, caches / arm) for arm in arms]
+    try:
+        ready = [each for each in started if each.wait()]
+        for _ in range(given.rounds):
+            ready = [each for each in ready if each.turn()]
+        for each in started:
+            yield each.arm, each.end()
+    finally:
+        for each in started:
+            each.process.kill()
+
+
+class Waiting:
+    """An arm whose process takes timed steps when it is told to."""
+
+    def __init__(self, arm: str, given: argparse.Namespace, caches: Path) -> None:
+        self.arm, self.limit = arm, given.limit
+        self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
+        self.process = subprocess.Popen(
+            _command([*_arm_arguments(arm, given), "--in-turns"]), env=_environment(_caches(caches)), text=True,
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
+        )  # fmt: skip
+        assert self.process.stdout is not None
+        self.lines = iter(self.process.stdout)
+
+    def wait(self) -> bool:
+        """Until it is ready; False if it has ended, or takes too long and is ended."""
+        timer = threading.Timer(self.limit, self.process.kill)
+        timer.start()
+        try:
+            return any(line.strip() == READY for line in self.lines)
+        finally:
+            timer.cancel()
+
+    def turn(self) -> bool:
+        """Its timed steps."""
+        assert self.process.stdin is not None
+        print(file=self.process.stdin, flush=True)
+        return self.wait()
+
+    def end(self) -> dict[str, Any]:
+        """Its result."""
+        try:
+            rest, _ = self.process.communicate(timeout=self.limit)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+            rest, _ = self.process.communicate()
+        self.errors.seek(0)
+        output = self.errors.read()
+        if self.process.returncode:
+            return {"failed": f"exit status {self.process.returncode}", "output": output[-3000:]}
+        return _result(rest, output)
 
 
 def save_models(given: argparse.Namespace) -> None:
@@ -54,21 +122,26 @@ def save_models(given: argparse.Namespace) -> None:
 
 def run(arm: str, given: argparse.Namespace, caches: Path) -> dict[str, Any]:
     """One arm in a fresh process, with compiler caches of its own: no arm finds what another has compiled."""
-    verify = [] if given.verify else ["--no-verify"]
-    arguments = ["benchmarks.train_step", "--arm", arm, *_options(given), *verify]
-    environment = {"TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"), "TRITON_CACHE_DIR": str(caches / "triton")}
     try:
-        finished = _python(arguments, given.limit, environment)
+        finished = _python(_arm_arguments(arm, given), given.limit, _caches(caches))
     except subprocess.CalledProcessError as error:
         return {"failed": f"exit status {error.returncode}", "output": (error.stdout + error.stderr)[-3000:]}
     except subprocess.TimeoutExpired as error:
         return {"failed": f"not finished after {given.limit:g} s", "output": _text(error.stderr)[-3000:]}
-    lines = [line for line in finished.stdout.splitlines() if line.startswith(PREFIX)]
-    return (
-        json.loads(lines[-1].removeprefix(PREFIX))
-        if lines
-        else {"failed": "no result", "output": finished.stderr[-3000:]}
-    )
+    return _result(finished.stdout, finished.stderr)
+
+
+def _arm_arguments(arm: str, given: argparse.Namespace) -> list[str]:
+    return ["benchmarks.train_step", "--arm", arm, *_options(given), *([] if given.verify else ["--no-verify"])]
+
+
+def _caches(folder: Path) -> dict[str, str]:
+    return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
+
+
+def _result(output: str, errors: str) -> dict[str, Any]:
+    lines = [line for line in output.splitlines() if line.startswith(PREFIX)]
+    return json.loads(lines[-1].removeprefix(PREFIX)) if lines else {"failed": "no result", "output": errors[-3000:]}
 
 
 def _options(given: argparse.Namespace) -> list[str]:
@@ -84,16 +157,22 @@ def _python(
     Raises:
         CalledProcessError, TimeoutExpired: it failed, or took longer than ``limit`` seconds.
     """
+    return subprocess.run(
+        _command(arguments), env=_environment(extra or {}), stdout=subprocess.PIPE, stderr=stderr, text=True,
+        timeout=limit, check=True,
+    )  # fmt: skip
+
+
+def _command(arguments: Sequence[str]) -> list[str]:
+    return [sys.executable, *(["-P"] if sys.flags.safe_path else []), "-m", *arguments]
+
+
+def _environment(extra: Mapping[str, str]) -> dict[str, str]:
     quiet = {
         "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error",
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }  # fmt: skip
-    safe = ["-P"] if sys.flags.safe_path else []
-    command = [sys.executable, *safe, "-m", *arguments]
-    environment = os.environ | quiet | (extra or {})
-    return subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=stderr, text=True, timeout=limit, check=True
-    )  # fmt: skip
+    return {**os.environ, **quiet, **extra}
 
 
 def _text(output: str | bytes | None) -> str:

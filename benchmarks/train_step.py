@@ -5,6 +5,9 @@
                                                                    several in turn, each in a process of its own
     python -m benchmarks.train_step --interleave weft weft_fp8 --out fp8.json --rounds 2
                                                                    what products in FP8 buy, and what they cost the loss
+    python -m benchmarks.train_step --interleave hf regional weft --together --rounds 2 --shape qwen1.5b --out qwen.json
+                                                                   set up side by side, timed in turn: for models of which
+                                                                   as many fit as there are arms
 
 Options of both: --batch --length --steps --checkpointing --shape --layers --no-verify (see --help). Peers that are not
 installed are listed as such. The loss of every step and the adapters' gradient norm in the first one show that all arms
@@ -32,6 +35,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--save", action="store_true", help="only write the model that some arms load")
     parser.add_argument("--out", help="result file of --interleave")
     parser.add_argument("--rounds", type=int, default=1, help="how often --interleave runs each arm")
+    parser.add_argument("--together", action="store_true", help="--interleave: all arms are there at once")
+    parser.add_argument(
+        "--in-turns", action="store_true", help="--arm: time steps whenever a line is read, until there is none"
+    )
     parser.add_argument("--limit", type=float, default=240, help="seconds that --interleave gives an arm")
     parser.add_argument("--shape", default="llama8b", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, help="another number of layers than the shape's")
@@ -51,7 +58,19 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def setting_of(given: argparse.Namespace, arm: str) -> Setting:
     """The setting of one arm on a command line."""
-    fields = ("shape", "layers", "batch", "length", "steps", "warmup", "checkpointing", "memory", "verify", "models")
+    fields = (
+        "shape",
+        "layers",
+        "batch",
+        "length",
+        "steps",
+        "warmup",
+        "checkpointing",
+        "memory",
+        "verify",
+        "models",
+        "in_turns",
+    )
     return Setting(arm, **{name: getattr(given, name) for name in fields})
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -11,12 +12,12 @@ from typing import Any
 
 import torch
 
-from .arm_settings import Setting
+from .arm_settings import READY, Setting
 from .arms import build, device
 
 
 def run_arm(setting: Setting) -> dict[str, Any]:
-    """Build one arm and train it."""
+    """Build one arm and train it: ``setting.warmup`` steps, then ``setting.steps`` timed ones in each turn."""
     started = time.perf_counter()
     model = build(setting)
     _wait()
@@ -70,25 +71,48 @@ def _memory(plan: Any) -> dict[str, Any] | None:
 
 
 def _train(model: Any, optimizer: Any, setting: Setting) -> dict[str, Any]:
-    """Seconds of each step, losses, peaks; the first ``setting.warmup`` steps are not in the median."""
-    losses, seconds, found = [], [], {}
-    for i, ids in enumerate(_batches(model.config.vocab_size, setting)):
-        if i == setting.warmup:
-            found["warmup_peak_gib"] = _gib("max_memory_allocated")
-            _reset_peak()
+    """Seconds of each step, losses, peaks."""
+    losses, found = list[float](), dict[str, Any]()
+    batches = list(_batches(model.config.vocab_size, setting))
+
+    def seconds(ids: Any) -> float:
         _wait()
         started = time.perf_counter()
         loss = train_step(model, optimizer, ids, lambda: found.setdefault("gradient_norm", gradient_norm(model)))
         losses.append(float(loss))
         _wait()
-        seconds.append(time.perf_counter() - started)
-    timed = seconds[setting.warmup :]
-    step = statistics.median(timed)
+        return time.perf_counter() - started
+
+    found["first_step_s"], *_ = [round(seconds(ids), 3) for ids in batches[: setting.warmup]]
+    found["warmup_peak_gib"] = _gib("max_memory_allocated")
+    timed = list[list[float]]()
+    for _ in _turns(setting):
+        if setting.in_turns:
+            seconds(batches[0])  # the memory that was given back is asked for anew
+        _reset_peak()
+        timed.append([seconds(ids) for ids in batches[setting.warmup :]])
+        found["peak_gib"] = _gib("max_memory_allocated")
+    steps = [s for turn in timed for s in turn]
+    step = statistics.median(steps)
     return found | {
-        "first_step_s": round(seconds[0], 3), "step_s": round(step, 5), "steps_s": [round(s, 5) for s in timed],
-        "tokens_per_s": round(setting.batch * setting.length / step), "peak_gib": _gib("max_memory_allocated"),
-        "losses": losses,
+        "step_s": round(step, 5), "steps_s": [round(s, 5) for s in steps],
+        "turns_s": [round(statistics.median(turn), 5) for turn in timed],
+        "tokens_per_s": round(setting.batch * setting.length / step), "losses": losses,
     }  # fmt: skip
+
+
+def _turns(setting: Setting) -> Iterator[None]:
+    """One; or those that whoever started this process gives, a line each. Until then the device is for others."""
+    if not setting.in_turns:
+        yield
+        return
+    while True:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        print(READY, flush=True)
+        if not sys.stdin.readline():
+            return
+        yield
 
 
 def train_step(model: Any, optimizer: Any, ids: Any, inspect: Callable[[], Any] = lambda: None) -> torch.Tensor:

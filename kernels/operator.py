@@ -14,7 +14,8 @@ times: 60 to 200 microseconds on the host, more than the kernel takes in decodin
 
 Two ways lead to the function. The dispatcher's is taken wherever somebody watches: a compiler, a fake tensor, a mode, a
 transform, a profiler. Where nobody does, a call goes to the function at once, or to the ``autograd.Function`` around it, both
-below autograd as behind the dispatcher.
+below autograd as behind the dispatcher. A graph that is run, and names the operator, finds this way as the operator's attribute
+``direct``.
 """
 
 from __future__ import annotations
@@ -65,6 +66,7 @@ class Operator(Generic[P, R]):
         self.backward: Callable[..., Any] | None = None
         self.setup_context: Callable[..., None] | None = None
         self.node = type(short, (_Node,), {})
+        self.overload.direct = self._named(short)
         LIBRARY.impl(short, self._checked, "CompositeExplicitAutograd")
         LIBRARY.impl(short, self._below_dispatcher, "Autograd", with_keyset=True)
         self.__doc__ = body.__doc__
@@ -77,6 +79,15 @@ class Operator(Generic[P, R]):
             return self.overload(*args)
         bare = _bare(args)
         return self.overload(*args) if bare is None else self._run(self._checked, bare)
+
+    def _named(self, name: str) -> Callable[..., Any]:
+        """This as a function, which generated code can name."""
+
+        def call(*args: Any) -> Any:
+            return self(*args)  # pyright: ignore[reportCallIssue]
+
+        call.__name__ = call.__qualname__ = name
+        return call
 
     def register_fake(self, fake: Fake) -> Fake:
         """Registers what the operator returns for tensors without data."""

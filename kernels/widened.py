@@ -63,8 +63,11 @@ class Widened:
         w = x.new_empty((layout.out_features, x.shape[1]))
         dequantize_into(w[:, :ins], weight, layout)
         for wide, narrow in ((x, left), (w, right.t())):
-            wide[:, ins : ins + columns] = narrow
-            wide[:, ins + columns :] = 0
+            beside = wide[:, ins:]
+            if beside.shape[1] > columns:
+                beside[:, columns:] = 0
+                beside = beside[:, :columns]
+            beside.copy_(narrow)
         return F.linear(x, w, bias)
 
     def _with(self, room: int) -> Tensor:

@@ -70,13 +70,12 @@ class Recordings:
     replays: int = 0
     notes: dict[str, int] = field(default_factory=dict)
     """Why calls of these sizes ran kernel by kernel, and how many."""
-    sharded: bool = False
-    """Parameters are gathered anew for each call: nothing is recorded."""
     rates: Rates | None = None
     """Of the device."""
     kept: Kept = field(default_factory=Kept)
     _unused_after: int = -1
     """Of recordings made after this one no result is in use."""
+    _sharded: bool = False
     _places: frozenset[int] | None = None
     _pool: Any = None
     _stream: Any = None
@@ -90,9 +89,14 @@ class Recordings:
         """Where the parameters lie."""
         if self._places is None:
             parameters = list(self.parameters())
-            self.sharded = any(map(_is_wrapper, parameters))
-            self._places = frozenset() if self.sharded else frozenset(p.data_ptr() for p in parameters)
+            self._sharded = any(map(_is_wrapper, parameters))
+            self._places = frozenset() if self._sharded else frozenset(p.data_ptr() for p in parameters)
         return self._places
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether parameters are gathered anew for each call: nothing is recorded then."""
+        return bool(not self.places and self._sharded)
 
     def note(self, reason: str) -> None:
         """A call runs kernel by kernel."""
@@ -178,6 +182,8 @@ class RecordedCalls:
         """Position of an input that is a parameter."""
         self.at: dict[int, list[Recording]] = {}
         """Recordings by where that parameter lies, to be found without looking at every input."""
+        self.varying = [i for i, fake in enumerate(_inputs(graph)) if _varies(fake)]
+        """Positions of the inputs whose sizes or devices differ between calls."""
 
     def __call__(self, arguments: list[Any]) -> Any:
         if self.anchor is not None:
@@ -189,9 +195,9 @@ class RecordedCalls:
 
     def _slowly(self, arguments: list[Any]) -> Any:
         """A call that is not known, or stands in its own way."""
-        sizes, key = self._keys(arguments)
-        if not self._wants(sizes, arguments):
+        if not self._wants(arguments):
             return self.function(arguments)
+        key = self._key(arguments)
         found = self.known.setdefault(key, Warm())
         if isinstance(found, Recording):
             obstacle = found.obstacle(arguments)
@@ -209,28 +215,23 @@ class RecordedCalls:
             return self._record(key, found, arguments)
         return self.function(arguments)
 
-    def _keys(self, arguments: Sequence[Any]) -> tuple[Any, Any]:
-        """The sizes of a call; those with the places of its parameters.
+    def _key(self, arguments: Sequence[Any]) -> Any:
+        """The sizes of a call, and the places of its parameters.
 
         And devices: what torch's attention keeps of a generator lies on the host, but for a recorded forward.
         """
-        places, sizes, here = self.shared.places, list[Any](), list[int]()
-        for argument in arguments:
-            if isinstance(argument, Tensor):
-                sizes.append((argument.shape, argument.stride(), argument.device))
-                if (place := argument.data_ptr()) in places:
-                    here.append(place)
-            else:
-                sizes.append(argument)
-        return tuple(sizes), (*sizes, *here)
+        places = self.shared.places
+        key: list[Any] = [_form(argument) for argument in arguments]
+        tensors = (argument for argument in arguments if isinstance(argument, Tensor))
+        return *key, *(place for t in tensors if (place := t.data_ptr()) in places)
 
-    def _wants(self, sizes: Any, arguments: Sequence[Any]) -> bool:
+    def _wants(self, arguments: Sequence[Any]) -> bool:
         """Whether the host is what calls of these sizes wait for."""
+        sizes = tuple([_form(arguments[i]) for i in self.varying])
         known = self.wanted.get(sizes)
         if known is None:
-            known = (
-                not self.shared.sharded and all(map(self._can_be_read, arguments)) and self._bound_by_host(arguments)
-            )
+            readable = not self.shared.is_sharded and all(map(self._can_be_read, arguments))
+            known = readable and self._bound_by_host(arguments)
             if known and sum(self.wanted.values()) >= MOST_SIZES:
                 known = False
                 self.shared.note(f"more than {MOST_SIZES} sizes of calls")
@@ -249,12 +250,10 @@ class RecordedCalls:
         floating = next((a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()), None)
         if floating is None:
             return False
-        fakes = [n.meta.get("val") for n in self.graph.nodes if n.op == "placeholder"]
-        if (
-            self.shared.rates is None
-        ):  # measuring takes memory: once, for the forward of a first block, as planning does
+        if self.shared.rates is None:  # measuring takes memory: once, for the forward of a first block, as planning does
             self.shared.rates = measured_rates(floating.device, floating.dtype)
-        return bound_by_host(self.graph, evaluator(fakes, arguments), self.shared.rates, self.shared.share)
+        of = evaluator(_inputs(self.graph), arguments)
+        return bound_by_host(self.graph, of, self.shared.rates, self.shared.share)
 
     def _record(self, key: Any, warm: Warm, arguments: list[Any]) -> Any:
         try:
@@ -275,6 +274,26 @@ class RecordedCalls:
             self.at.setdefault(arguments[self.anchor].data_ptr(), []).append(recording)
         shared.overwrites_no_other(recording)  # for none was made later
         return recording.run(arguments)
+
+
+def _inputs(graph: fx.Graph) -> list[Any]:
+    """What stands for each input of ``graph``."""
+    return [n.meta.get("val") for n in graph.nodes if n.op == "placeholder"]
+
+
+def _varies(fake: Any) -> bool:
+    """Whether an input's size may be another in each call, or it is a number: a generator's seed, say, on either device.
+
+    All other inputs, the parameters among them, are looked at where a call is to be recorded.
+    """
+    if not isinstance(fake, Tensor):
+        return True
+    sizes = (*fake.shape, *fake.stride())
+    return any(isinstance(size, torch.SymInt) for size in sizes) or fake.dtype in (torch.int64, torch.uint64)
+
+
+def _form(argument: Any) -> Any:
+    return (argument.shape, argument.stride(), argument.device) if isinstance(argument, Tensor) else argument
 
 
 def bound_by_host(graph: fx.Graph, of: Evaluate, rates: Rates, share: float) -> bool:

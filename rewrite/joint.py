@@ -80,7 +80,7 @@ class JointGraph:
 
     def _partition(self, saved: frozenset[str] | None, joint: fx.GraphModule, inputs: Any, options: Any) -> Any:
         if self.graph is None:
-            self.graph = _analysed(joint)
+            self.graph = _copied(joint.graph)
         if saved is not None:
             for node in forward_nodes(joint.graph):
                 keep = node.name in saved or is_random(node)
@@ -115,18 +115,24 @@ class _Undrawn:
         return self.operator(*args, **kwargs)
 
 
-def _analysed(joint: fx.GraphModule) -> fx.Graph:
+def _copied(graph: fx.Graph) -> fx.Graph:
     copied = fx.Graph()
-    output = copied.graph_copy(joint.graph, {})
+    output = copied.graph_copy(graph, {})
     copied.output(output)
     return copied
 
 
 def _boxed(module: fx.GraphModule) -> Callable[..., Any]:
-    """Run node by node. The inputs come in a list that is emptied, so that each is freed after its last use."""
-    module.graph.set_codegen(_BoxedCodeGen())
-    module.recompile()
-    function: Any = module.forward
+    """Run node by node. The inputs come in a list that is emptied, so that each is freed after its last use.
+
+    An operator that offers a way past torch's dispatcher, as its attribute ``direct``, is called that way: what is run here has
+    been traced, and nobody is left to watch it. ``module.graph`` still names the operators.
+    """
+    graph = _copied(module.graph)
+    graph.set_codegen(_BoxedCodeGen())
+    for node in graph.nodes:
+        node.target = getattr(node.target, "direct", node.target) if node.op == "call_function" else node.target
+    function: Any = fx.GraphModule(module, graph).forward
 
     def run(arguments: list[Any]) -> Any:
         return function(arguments)

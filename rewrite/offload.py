@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import weakref
 from collections import deque
-from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -26,9 +26,14 @@ LARGE = 2**20
 
 
 class Group:
-    """What one call of a block has in the host's memory."""
+    """What one call of a block has in the host's memory.
+
+    Attributes:
+        going: what is still to be copied there, and where to.
+    """
 
     def __init__(self) -> None:
+        self.going: list[tuple[Tensor, Tensor]] = []
         self._items: list[weakref.ref[Offloaded]] = []
 
     def add(self, item: Offloaded) -> None:
@@ -47,11 +52,14 @@ class HostStore:
     def __init__(self, device: torch.device) -> None:
         self._stream = torch.cuda.Stream(device)
         self._free: dict[tuple[Any, ...], list[Tensor]] = {}
-        self._leaving: deque[list[tuple[Tensor, Any]]] = deque()
+        self._leaving: deque[tuple[list[Tensor], Any]] = deque()
         self._waiting: list[Group] = []
 
-    def offloading(self, activation: Tensor, given: Iterable[Any] | None = None) -> AbstractContextManager[Any]:
+    @contextmanager
+    def offloading(self, activation: Tensor, given: Iterable[Any] | None = None) -> Iterator[None]:
         """While entered, ``activation`` is saved for a backward in the host's memory; what else is saved stays.
+
+        The copies begin when it is left.
 
         Args:
             given: the arguments of the call; all that is saved besides them, and is large, goes with ``activation``.
@@ -62,36 +70,45 @@ class HostStore:
         group = Group()
 
         def pack(saved: Tensor) -> Any:
-            goes = (saved.data_ptr(), saved.shape) == (address, shape)
-            return self._out(saved, group) if goes or (stay is not None and _may_go(saved, stay)) else saved
+            if (saved.data_ptr(), saved.shape) != (address, shape) and (stay is None or not _may_go(saved, stay)):
+                return saved
+            kept = Offloaded(self, group, self._buffer(saved), saved.device)
+            group.add(kept)
+            group.going.append((kept.buffer, saved.detach()))
+            return kept
 
-        return saved_tensors_hooks(pack, lambda kept: kept.back() if isinstance(kept, Offloaded) else kept)
+        with saved_tensors_hooks(pack, lambda kept: kept.back() if isinstance(kept, Offloaded) else kept):
+            yield
+        self._send(group)
 
-    def _out(self, saved: Tensor, group: Group) -> Offloaded:
-        free = self._free.setdefault(_form(saved), [])
-        buffer = free.pop() if free else torch.empty_like(saved, device="cpu", pin_memory=True)
-        current = torch.cuda.current_stream(saved.device)
-        if not self._waiting or self._waiting[-1] is not group:
-            self._waiting = [*(g for g in self._waiting if g.items), group]
-            self._leaving.append([])
-            self._let_go(current, IN_FLIGHT + 1)
+    def _buffer(self, like: Tensor) -> Tensor:
+        free = self._free.setdefault(_form(like), [])
+        return free.pop() if free else torch.empty_like(like, device="cpu", pin_memory=True)
+
+    def _send(self, group: Group) -> None:
+        """Begin to copy what one block saves: one wait for the computation, and one event, for all of it."""
+        going, group.going = group.going, []
+        if not going:
+            return
+        current = torch.cuda.current_stream(going[0][1].device)
+        self._waiting = [*(g for g in self._waiting if g.items), group]
+        self._let_go(current, IN_FLIGHT)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
-            buffer.copy_(saved, non_blocking=True)
+            for buffer, saved in going:
+                buffer.copy_(saved, non_blocking=True)
             gone = self._stream.record_event()
-        self._leaving[-1].append((saved.detach(), gone))
-        kept = Offloaded(self, group, buffer, saved.device)
-        group.add(kept)
-        return kept
+        self._leaving.append(([saved for _, saved in going], gone))
 
     def _let_go(self, current: torch.cuda.Stream, ahead: int) -> None:
         """Free what has been copied, but for the last ``ahead`` blocks."""
         while len(self._leaving) > ahead:
-            for _, gone in self._leaving.popleft():
-                current.wait_event(gone)
+            _, gone = self._leaving.popleft()
+            current.wait_event(gone)
 
     def fetch(self, kept: Offloaded) -> Tensor:
         """``kept`` on the device again, and the copies of its block and of the block before it begun."""
+        self._send(kept.group)
         current = torch.cuda.current_stream(kept.device)
         self._let_go(current, 0)
         tensor, arrived = kept.start(self._stream)
