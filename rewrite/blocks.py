@@ -14,8 +14,9 @@ from .cuda_graphs import Recordings
 from .device_memory import free_bytes, here, host_memory, peak_bytes, resident_bytes
 from .joint import JointGraph
 from .offload import HostStore
+from .placement import BlockCosts, Option, options_within
 from .rates import Rates, measured_rates
-from .recompute import BlockCosts, BlockMemory, Head, MemoryPlan, Option, activation, block_costs, options_within
+from .recompute import BlockMemory, Head, MemoryPlan, activation, block_costs
 
 ADAM_BYTES = 8
 """Of optimizer state for each trained number, as long as there is none to be seen: AdamW's two moments in float32."""
@@ -25,6 +26,9 @@ FILLED = 0.95
 
 REMEMBERED = 256
 """Sizes of calls whose options are kept. A call no larger than one that left room to save all is not looked at anew."""
+
+DIGITS = 9
+"""Binary ones of the room that options are chosen for; the rest is rounded down."""
 
 Limit = int | Literal["free", "min"]
 Key = tuple[str, int]
@@ -71,6 +75,8 @@ class StepMemory:
     _store: HostStore | None = None
     _parameters: list[nn.Parameter] | None = None
     _trained: Trained | None = None
+    _asked: tuple[Any, int, list[BlockCosts], list[Option]] | None = None
+    """The last choice, with the blocks themselves, so that they stay who they are."""
 
     def recount(self) -> None:
         """A graph was captured: the model may have other parameters than before, or train others."""
@@ -154,7 +160,8 @@ class StepMemory:
         head = max((h.at(given.numel()) for h in self.heads), default=0) if given is not None else 0
         working = max([costs.working, head + costs.options[0].bytes, *(self._costs[k].working for k in expected)])
         resident = now + self._pending(now)
-        self.plan = MemoryPlan(None if limit == "min" else limit, resident, working, before=former)
+        spare = max(0, working - costs.options[0].bytes)
+        self.plan = MemoryPlan(None if limit == "min" else limit, resident, working, before=former, spare=spare)
         self.plan.peak_before = peak_bytes(device)
 
     def _kept(self, former: MemoryPlan | None) -> int:
@@ -185,9 +192,20 @@ class StepMemory:
             room = plan.limit - plan.resident - plan.working - sum(b.saved_bytes for b in plan.blocks[:done])
         # pinning much of the host's memory is for who sets a limit to ask for: else inputs go there alone
         host = 0 if self.limit == "free" else host_memory() - sum(b.host_bytes for b in plan.blocks[:done])
-        chosen = options_within([self._costs.get(k, like) for k in to_come], room, host)
+        chosen = self._within([self._costs.get(k, like) for k in to_come], room, host)
         self._chosen |= dict(zip(to_come, chosen, strict=True))
         plan.blocks[done:] = [_record(path, o) for (path, _), o in zip(to_come, chosen, strict=True)]
+
+    def _within(self, blocks: list[BlockCosts], room: int | None, host: int) -> list[Option]:
+        """Of equal blocks in equal room the same as last time: what is resident changes a little with every step."""
+        assert self.plan is not None
+        if room is not None and any(b.options[-1].all_away for b in blocks):
+            unimportant = max(room.bit_length() - DIGITS, 0)
+            room = room >> unimportant << unimportant
+        asked = (list(map(id, blocks)), room, host, self.plan.spare)
+        if self._asked is None or self._asked[:2] != (asked, len(self._passes)):
+            self._asked = asked, len(self._passes), blocks, options_within(blocks, room, host, self.plan.spare)
+        return self._asked[-1]
 
     def _pending(self, now: int) -> int:
         """Bytes that a step will add and keep: gradients that are not there, and before the first one the optimizer's state.
@@ -211,6 +229,12 @@ class StepMemory:
         if self._store is None:
             self._store = HostStore(given.device)
         return self._store.offloading(given, args if option.all_away else None)
+
+    def saved_here(self, result: Any) -> None:
+        """``result`` comes from a block that has nothing in the host's memory."""
+        tensor = activation(result if isinstance(result, tuple | list) else [result])
+        if self._store is not None and tensor is not None:
+            self._store.before(tensor)
 
 
 def _record(path: str, option: Option) -> BlockMemory:
@@ -251,7 +275,10 @@ class BlockGraph:
             )  # somebody else's checkpoint or offloading decides what is kept, and asks twice
         option = self.memory.option(self.place(), self, args)
         with self.memory.saving(option, args):
-            return self.joint.lower(option.saved)(*args)
+            result = self.joint.lower(option.saved)(*args)
+        if not option.host_bytes:
+            self.memory.saved_here(result)
+        return result
 
     def costs(self, args: Sequence[Any], checkpointed: bool = False) -> BlockCosts:
         """The options at the sizes of ``args``; only the thriftiest for a block whose model asked for checkpointing."""

@@ -250,7 +250,9 @@ class RecordedCalls:
         floating = next((a for a in arguments if isinstance(a, Tensor) and a.is_floating_point()), None)
         if floating is None:
             return False
-        if self.shared.rates is None:  # measuring takes memory: once, for the forward of a first block, as planning does
+        if (
+            self.shared.rates is None
+        ):  # measuring takes memory: once, for the forward of a first block, as planning does
             self.shared.rates = measured_rates(floating.device, floating.dtype)
         of = evaluator(_inputs(self.graph), arguments)
         return bound_by_host(self.graph, of, self.shared.rates, self.shared.share)

@@ -117,12 +117,28 @@ class HostStore:
         current.wait_event(arrived)
         return tensor
 
+    def before(self, tensor: Tensor) -> None:
+        """When the gradient of ``tensor`` is there, begin the copies back of the block that saved last: what computed ``tensor``
+        has nothing to fetch, which would begin them."""
+        if self._waiting and tensor.requires_grad:
+            tensor.register_hook(self._begin_last)
+
+    def _begin_last(self, gradient: Tensor) -> None:
+        self._waiting = [g for g in self._waiting if g.items]
+        if self._waiting:
+            self._send(self._waiting[-1])
+            self._let_go(torch.cuda.current_stream(gradient.device), 0)
+            self._start(self._waiting[-1])
+
     def _begin(self, group: Group) -> None:
         """Once for each block: what has come back since must not be copied again."""
         self._waiting = [g for g in self._waiting if g.items and g is not group]
         for each in (group, *self._waiting[-1:]):
-            for item in each.items:
-                item.start(self._stream)
+            self._start(each)
+
+    def _start(self, group: Group) -> None:
+        for item in group.items:
+            item.start(self._stream)
 
     def release(self, buffer: Tensor) -> None:
         """``buffer`` may be written again."""

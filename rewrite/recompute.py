@@ -1,10 +1,8 @@
 """Plans what each block saves for its backward, so that a training step stays within a limit of memory.
 
 For each block there are options: what a minimum cut saves at some price of memory (:mod:`.remat`), with the block's input, or
-all that it saves, kept on the device or in the host's memory. The options of a model's blocks are exchanged, one step at a time
-and earlier blocks first, for whatever takes the least time for each byte freed, until the step fits: on options of decreasing
-return that is the optimum but for the last step. When the backward of the last block begins, all others hold what they saved,
-and it holds all that it reads:
+all that it saves, kept on the device or in the host's memory; :mod:`.placement` chooses among them. When the backward of the last
+block begins, all others hold what they saved, and it holds all that it reads:
 
     peak  =  resident  +  Σ saved, without the last block  +  in flight  +  the most that one backward has alive
 
@@ -15,7 +13,7 @@ and the loss have alive beside all that is saved takes the place of the backward
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
@@ -24,6 +22,7 @@ from torch.nn import Parameter
 
 from .joint import JointGraph, recompute_problem
 from .liveness import peak_bytes
+from .placement import BlockCosts, Option, in_flight, without_waiting
 from .rates import Rates
 from .remat import Choice, frontier
 from .sizes import Evaluate, evaluator, node_flops, node_traffic, storages, tensors, value_bytes
@@ -33,35 +32,6 @@ PRICES = tuple(10.0**-exponent for exponent in (16, 14, 13, 12.5, 12, 11.75, 11.
 
 CONTENTION = 0.02
 """Share of a copy to the host that computation loses to it, where they overlap: both read the same memory."""
-
-
-@dataclass(frozen=True)
-class Option:
-    """What one block may do: names of saved values (None: all), bytes that stay on the device, extra seconds, bytes in the
-    host's memory, and whether that is all that it saves, not its input alone."""
-
-    saved: frozenset[str] | None
-    bytes: int
-    seconds: float
-    host_bytes: int = 0
-    all_away: bool = False
-
-
-@dataclass(frozen=True)
-class BlockCosts:
-    """The options of one block at the sizes of a call, most bytes first, and the most that its backward has alive.
-
-    Attributes:
-        narrow: the options that send no more to the host than the block's input, so that little is on its way.
-    """
-
-    options: tuple[Option, ...]
-    working: int
-    narrow: tuple[Option, ...] = ()
-
-    def __post_init__(self) -> None:
-        if not self.narrow:
-            object.__setattr__(self, "narrow", self.options)
 
 
 THRIFTY = 1 / 32
@@ -81,9 +51,9 @@ def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpoint
     given = activation(args)
     held = 0 if given is None else given.numel() * given.element_size()
     forward = sum(seconds(n) for n in joint.graph.nodes if n.meta.get("partitioner_tag") == "is_forward")
-    narrow = _options(choices, held, forward, rates)
-    away = [] if checkpointed else _all_away(choices, held, forward, rates)
-    return BlockCosts(_hull(narrow + away), _working(joint, of, held), _hull(narrow))
+    near = _options(choices, held, rates)
+    away = [] if checkpointed else _all_away(choices, held, rates)
+    return BlockCosts((*near, *away), _working(joint, of, held), without_waiting(near, forward), forward)
 
 
 def node_seconds(node: fx.Node, of: Evaluate, rates: Rates) -> float:
@@ -98,45 +68,24 @@ def activation(args: Sequence[Any]) -> Tensor | None:
     return next((a for a in args if isinstance(a, Tensor) and a.requires_grad and not isinstance(a, Parameter)), None)
 
 
-def _options(choices: Sequence[Choice], held: int, forward: float, rates: Rates) -> list[Option]:
+def _options(choices: Sequence[Choice], held: int, rates: Rates) -> list[Option]:
     options = [Option(_names(c), c.bytes + held, c.seconds) for c in choices]
     if held and rates.host:
-        extra = _beside(held, forward, rates)
-        options += [Option(_names(c), c.bytes, c.seconds + extra, held) for c in choices]
+        copy = held / rates.host
+        options += [Option(_names(c), c.bytes, c.seconds + CONTENTION * copy, held, copy=copy) for c in choices]
     return options
 
 
-def _all_away(choices: Sequence[Choice], held: int, forward: float, rates: Rates) -> list[Option]:
+def _all_away(choices: Sequence[Choice], held: int, rates: Rates) -> list[Option]:
     """All that a block saves in the host's memory."""
     if not (held and rates.host):
         return []
-    sizes = [(c, c.bytes + held) for c in choices if c.bytes]
-    return [Option(_names(c), 0, c.seconds + _beside(n, forward, rates), n, True) for c, n in sizes]
-
-
-def _beside(size: int, forward: float, rates: Rates) -> float:
-    """Seconds that a copy to the host, and back, adds to a block whose forward takes ``forward``."""
-    copy = size / rates.host
-    return max(0.0, copy - forward) + CONTENTION * copy
+    sizes = [(c, c.bytes + held, (c.bytes + held) / rates.host) for c in choices if c.bytes]
+    return [Option(_names(c), 0, c.seconds + CONTENTION * copy, n, True, copy) for c, n, copy in sizes]
 
 
 def _names(choice: Choice) -> frozenset[str] | None:
     return choice.saved if choice.seconds else None
-
-
-def _hull(options: Sequence[Option]) -> tuple[Option, ...]:
-    """Those of decreasing return: each step to fewer bytes costs more seconds a byte than the one before."""
-    hull: list[Option] = []
-    for option in sorted(options, key=lambda o: (-o.bytes, o.seconds)):
-        while hull and (option.seconds <= hull[-1].seconds or (len(hull) > 1 and _bends(hull[-2], hull[-1], option))):
-            hull.pop()
-        if not hull or option.bytes < hull[-1].bytes:
-            hull.append(option)
-    return tuple(hull)
-
-
-def _bends(a: Option, b: Option, c: Option) -> bool:
-    return (b.seconds - a.seconds) * (a.bytes - c.bytes) >= (c.seconds - a.seconds) * (a.bytes - b.bytes)
 
 
 def _working(joint: JointGraph, of: Evaluate, held: int) -> int:
@@ -183,50 +132,6 @@ def _unpacked(node: fx.Node, of: Evaluate) -> int:
     return max((4 * value_bytes(n.meta["val"], of) for n in packed), default=0) if node.op == "call_function" else 0
 
 
-def choose_options(blocks: Sequence[BlockCosts], room: int) -> list[Option]:
-    """One option a block: the least time of those that fit into ``room`` bytes, or the fewest bytes if none does.
-
-    The last block saves all: its backward, which runs first, would have as much alive in any case.
-    """
-    at = [0] * len(blocks)
-    over = sum(b.options[0].bytes for b in blocks[:-1]) - room
-    steps = [
-        ((after.seconds - before.seconds) / (before.bytes - after.bytes), i, k)
-        for i, block in enumerate(blocks[:-1])
-        for k, (before, after) in enumerate(zip(block.options, block.options[1:], strict=False))
-    ]
-    for _, i, k in sorted(steps):
-        if over <= 0:
-            break
-        before, after = blocks[i].options[k : k + 2]
-        at[i] = k + 1
-        over -= before.bytes - after.bytes
-    return [block.options[k] for block, k in zip(blocks, at, strict=True)]
-
-
-def options_within(blocks: Sequence[BlockCosts], room: int | None, host: int) -> list[Option]:
-    """As :func:`choose_options`, where what is on its way to the host and back takes room, too.
-
-    Args:
-        room: None asks for as few bytes as possible.
-        host: bytes that the host has for it.
-    """
-    narrow = [replace(b, options=b.narrow) for b in blocks]
-    if room is not None:
-        chosen = choose_options(blocks, room)
-        for _ in range(2):
-            moving = in_flight(chosen)
-            if sum(o.bytes for o in chosen[:-1]) + moving <= room:
-                return chosen if sum(o.host_bytes for o in chosen) <= host else choose_options(narrow, room)
-            chosen = choose_options(blocks, room - moving)
-    return choose_options(narrow, room or 0)
-
-
-def in_flight(blocks: Sequence[Option | BlockMemory]) -> int:
-    """Bytes that one block has on the device while they are copied: the last one saves all, and keeps it there."""
-    return max((b.host_bytes for b in blocks[:-1]), default=0)
-
-
 @dataclass
 class BlockMemory:
     """What one block does: bytes that it keeps on the device and in the host's memory, and seconds that it takes longer."""
@@ -246,6 +151,7 @@ class MemoryPlan:
         limit: None asks for as few as possible.
         resident: weights, optimizer state, gradients and whatever else is there besides activations.
         working: the most that one block's backward, or the head with its loss, has alive beside what the other blocks saved.
+        spare: bytes by which ``working`` is more than what a forward has alive.
         measured: the step's own peak, on a GPU, once the next one has begun, where it was the highest until then.
         before: the plan of the step before, measured.
     """
@@ -257,6 +163,7 @@ class MemoryPlan:
     measured: int | None = None
     peak_before: int | None = None
     before: MemoryPlan | None = None
+    spare: int = 0
 
     @property
     def predicted(self) -> int:
@@ -265,8 +172,8 @@ class MemoryPlan:
 
     @property
     def in_flight(self) -> int:
-        """What one block has in the host's memory."""
-        return in_flight(self.blocks)
+        """What is on its way to the host's memory, or back."""
+        return in_flight([b.host_bytes for b in self.blocks], self.spare)
 
     @property
     def extra_seconds(self) -> float:

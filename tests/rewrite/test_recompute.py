@@ -1,10 +1,8 @@
-"""One option for each block: against all combinations, and predicted peaks against what is really alive."""
+"""The options of a block, and predicted peaks against what is really alive."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from itertools import pairwise, product
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -21,111 +19,16 @@ from torch.utils._pytree import tree_leaves
 from weft.rewrite.liveness import peak_bytes
 from weft.rewrite.rates import Rates, measured_rates
 from weft.rewrite.recompute import (
-    BlockCosts,
     BlockMemory,
     MemoryPlan,
-    Option,
-    _hull,
     block_costs,
-    choose_options,
-    in_flight,
-    options_within,
 )
 from weft.rewrite.sizes import evaluator
 
-from ..graphs import cases, normal
+from ..graphs import normal
 from .saving import Captured
 
 RATES = Rates(copy=1e12, product=1e13, host=1e9, call=1e-9)
-options = st.lists(
-    st.builds(Option, st.none(), st.integers(0, 40), st.integers(0, 20).map(float), st.sampled_from([0, 7])),
-    min_size=1,
-    max_size=5,
-)
-models = st.lists(options.map(lambda o: BlockCosts(_hull(o), 0)), min_size=1, max_size=4)
-
-
-# options --------------------------------------------------------------------------------------------------------------
-@cases
-@given(options)
-def test_the_hull_keeps_what_may_be_best_and_nothing_else(given: list[Option]) -> None:
-    hull = _hull(given)
-    assert hull[-1].bytes == min(o.bytes for o in given)
-    assert hull[0].seconds == min(o.seconds for o in given)
-    rates = [(b.seconds - a.seconds) / (a.bytes - b.bytes) for a, b in pairwise(hull)]
-    assert all(r > 0 for r in rates) and all(a < b for a, b in pairwise(rates))
-    for price in (0.0, 0.3, 1.0, 5.0, 100.0):
-        cost: Callable[[Option], float] = lambda o, p=price: o.seconds + p * o.bytes  # noqa: E731
-        assert min(map(cost, hull)) == pytest.approx(min(map(cost, given)))
-
-
-@cases
-@given(models, st.integers(0, 120))
-def test_the_room_is_kept_and_the_time_is_the_least_but_for_one_step(blocks: list[BlockCosts], room: int) -> None:
-    chosen = choose_options(blocks, room)
-    assert all(c in b.options for c, b in zip(chosen, blocks, strict=True))
-    assert chosen[-1] == blocks[-1].options[0], "what the last one saved is alive in its backward anyway"
-    held = blocks[:-1]
-    fitting = [c for c in product(*(b.options for b in held)) if sum(o.bytes for o in c) <= room]
-    bytes_, seconds = sum(o.bytes for o in chosen[:-1]), sum(o.seconds for o in chosen[:-1])
-    if not fitting:
-        assert all(c == b.options[-1] for c, b in zip(chosen[:-1], held, strict=True))
-        return
-    assert bytes_ <= room
-    least = min(sum(o.seconds for o in c) for c in fitting)
-    largest = max((b.seconds - a.seconds for block in held for a, b in pairwise(block.options)), default=0.0)
-    assert least <= seconds <= least + largest
-
-
-@cases
-@given(options, st.integers(1, 6), st.integers(0, 200))
-def test_earlier_ones_of_equal_blocks_give_first(given: list[Option], count: int, room: int) -> None:
-    block = BlockCosts(_hull(given), 0)
-    chosen = choose_options([block] * count, room)
-    *places, last = [block.options.index(c) for c in chosen]
-    assert places == sorted(places, reverse=True) and (not places or places[0] - places[-1] <= 1) and last == 0
-
-
-@cases
-@given(models, st.integers(0, 100), st.integers(0, 50))
-def test_more_room_never_takes_longer(blocks: list[BlockCosts], room: int, more: int) -> None:
-    seconds = [sum(o.seconds for o in choose_options(blocks, r)) for r in (room, room + more)]
-    assert seconds[1] <= seconds[0]
-
-
-away = st.lists(
-    st.builds(Option, st.none(), st.just(0), st.integers(0, 20).map(float), st.integers(1, 60), st.just(True)),
-    max_size=3,
-)
-models_away = st.lists(
-    st.builds(lambda near, far: BlockCosts(_hull(near + far), 0, _hull(near)), options, away), min_size=1, max_size=4
-)
-
-
-@cases
-@given(models_away, st.integers(0, 160), st.integers(0, 200))
-def test_what_is_on_its_way_has_room(blocks: list[BlockCosts], room: int, host: int) -> None:
-    needed: Callable[[list[Option]], int] = lambda chosen: sum(o.bytes for o in chosen[:-1]) + in_flight(chosen)  # noqa: E731
-    chosen = options_within(blocks, room, host)
-    narrow = choose_options([replace(b, options=b.narrow) for b in blocks], room)
-    assert needed(chosen) <= room or chosen == narrow
-    if any(o.all_away for o in chosen):
-        assert sum(o.host_bytes for o in chosen) <= host and needed(chosen) <= room
-    free = choose_options(blocks, room)
-    if needed(free) <= room and sum(o.host_bytes for o in free) <= host:
-        assert chosen == free
-    assert not any(o.all_away for o in options_within(blocks, room, 0))
-    assert options_within(blocks, None, host) == choose_options([replace(b, options=b.narrow) for b in blocks], 0)
-
-
-def test_all_is_saved_where_there_is_room() -> None:
-    block = BlockCosts((Option(None, 10, 0.0), Option(frozenset("a"), 4, 1.0), Option(frozenset(), 0, 5.0)), 0)
-    at = lambda room: [o.bytes for o in choose_options([block] * 3, room)]  # noqa: E731
-    assert at(20) == [10, 10, 10]
-    assert at(19) == [4, 10, 10]
-    assert at(8) == [4, 4, 10]
-    assert at(4)[:2] == [0, 4]
-    assert at(-1) == [0, 0, 10]
 
 
 def test_the_prediction_leaves_the_last_block_out() -> None:
@@ -166,29 +69,27 @@ def test_options_of_a_block() -> None:
     assert first.saved is None and first.seconds == 0.0
     assert first.bytes == found.choices()[0].bytes + held
     assert last.bytes < held and last.host_bytes == held and last.seconds >= held / RATES.host * 0.02
-    assert [o.bytes for o in costs.options] == sorted({o.bytes for o in costs.options}, reverse=True)
+    assert [o.bytes for o in costs.narrow] == sorted({o.bytes for o in costs.narrow}, reverse=True)
+    assert max(o.bytes for o in costs.options) == first.bytes and costs.forward > 0
 
 
 def test_all_that_is_saved_may_go_to_the_host() -> None:
     found, given = captured()
     rates = Rates(copy=1e12, product=1e9, host=1e13, call=1e-9)  # where copying is cheap, and products are not
     costs, held = block_costs(found.joint, found.args, rates), given[0].numel() * 4
-    last = costs.options[-1]
-    assert last.all_away and last.bytes == 0 and last.saved is None
-    assert last.host_bytes == found.choices()[0].bytes + held
-    assert last.seconds == pytest.approx(0.02 * last.host_bytes / 1e13)
+    all_of_it = next(o for o in costs.options if o.all_away and o.saved is None)
+    assert all_of_it.bytes == 0 and all_of_it.host_bytes == found.choices()[0].bytes + held
+    assert all_of_it.copy == pytest.approx(all_of_it.host_bytes / 1e13)
+    assert all_of_it.seconds == pytest.approx(0.02 * all_of_it.copy)
     assert all(not o.all_away for o in costs.narrow) and costs.narrow[-1].host_bytes == held
-    assert (
-        block_costs(found.joint, found.args, rates, True).options
-        == block_costs(found.joint, found.args, rates, True).narrow
-    )
+    assert not any(o.all_away for o in block_costs(found.joint, found.args, rates, True).options)
 
 
 def test_without_another_memory_the_input_stays() -> None:
     found, given = captured()
     costs = block_costs(found.joint, found.args, Rates(1e12, 1e13, 0.0, 1e-9))
     assert all(not o.host_bytes for o in costs.options)
-    assert costs.options[-1].bytes >= given[0].numel() * 4
+    assert min(o.bytes for o in costs.options) >= given[0].numel() * 4
 
 
 def test_an_input_that_needs_no_gradient_is_not_the_blocks_to_keep() -> None:
@@ -203,7 +104,7 @@ def test_what_asks_for_checkpointing_saves_next_to_nothing() -> None:
     usual, thrifty = (block_costs(found.joint, found.args, RATES, asked) for asked in (False, True))
     held = given[0].numel() * 4
     assert all(o.bytes - held <= (usual.options[0].bytes - held) / 32 for o in thrifty.options)
-    assert thrifty.options[-1] == usual.narrow[-1]
+    assert thrifty.narrow[-1] == usual.narrow[-1]
 
 
 def test_rates_are_measured_once() -> None:

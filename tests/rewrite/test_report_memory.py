@@ -22,7 +22,7 @@ def plan(limit: int | None = 400 * MIB, measured: int | None = None) -> MemoryPl
     ]
     blocks += [BlockMemory(f"layers.{i}", 64 * MIB, 0, 0.0, "saves all") for i in (2, 3)]
     before = MemoryPlan(limit, 128 * MIB, 96 * MIB, blocks, measured)
-    return MemoryPlan(limit, 128 * MIB, 96 * MIB, blocks, before=before)
+    return MemoryPlan(limit, 128 * MIB, 96 * MIB, blocks, before=before, spare=32 * MIB)
 
 
 def report(of: MemoryPlan | None) -> RewriteReport:

@@ -12,7 +12,7 @@ from torch import Tensor
 import weft
 import weft.rewrite.blocks
 from weft.rewrite.offload import HostStore
-from weft.rewrite.recompute import BlockCosts, Option
+from weft.rewrite.placement import BlockCosts, Option
 
 from ..models import assert_same, batch, outcome, twin
 from .held import adapted
