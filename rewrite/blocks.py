@@ -14,7 +14,7 @@ from .cuda_graphs import Recordings
 from .device_memory import free_bytes, here, host_memory, peak_bytes, resident_bytes
 from .joint import JointGraph
 from .offload import HostStore
-from .placement import BlockCosts, Option, options_within
+from .placement import BlockCosts, Option, Placement, options_within
 from .rates import Rates, measured_rates
 from .recompute import BlockMemory, Head, MemoryPlan, activation, block_costs
 
@@ -75,7 +75,7 @@ class StepMemory:
     _store: HostStore | None = None
     _parameters: list[nn.Parameter] | None = None
     _trained: Trained | None = None
-    _asked: tuple[Any, int, list[BlockCosts], list[Option]] | None = None
+    _asked: tuple[Any, int, list[BlockCosts], Placement] | None = None
     """The last choice, with the blocks themselves, so that they stay who they are."""
 
     def recount(self) -> None:
@@ -193,10 +193,11 @@ class StepMemory:
         # pinning much of the host's memory is for who sets a limit to ask for: else inputs go there alone
         host = 0 if self.limit == "free" else host_memory() - sum(b.host_bytes for b in plan.blocks[:done])
         chosen = self._within([self._costs.get(k, like) for k in to_come], room, host)
-        self._chosen |= dict(zip(to_come, chosen, strict=True))
-        plan.blocks[done:] = [_record(path, o) for (path, _), o in zip(to_come, chosen, strict=True)]
+        self._chosen |= dict(zip(to_come, chosen.options, strict=True))
+        plan.blocks[done:] = [_record(path, o) for (path, _), o in zip(to_come, chosen.options, strict=True)]
+        plan.ahead = chosen.ahead
 
-    def _within(self, blocks: list[BlockCosts], room: int | None, host: int) -> list[Option]:
+    def _within(self, blocks: list[BlockCosts], room: int | None, host: int) -> Placement:
         """Of equal blocks in equal room the same as last time: what is resident changes a little with every step."""
         assert self.plan is not None
         if room is not None and any(b.options[-1].all_away for b in blocks):
@@ -228,6 +229,7 @@ class StepMemory:
             return nullcontext()
         if self._store is None:
             self._store = HostStore(given.device)
+        self._store.ahead = self.plan.ahead if self.plan is not None else 1
         return self._store.offloading(given, args if option.all_away else None)
 
     def saved_here(self, result: Any) -> None:

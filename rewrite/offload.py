@@ -3,7 +3,7 @@
 Copies go over a stream of their own, beside the computation. No tensor is marked as used by that stream: the allocator would
 hold it until it sees the copy done, and since the host runs ahead of the device by many blocks, all would be held. Instead the
 computation waits, when the next block has something to copy, for these copies to be over, and what it then frees is free at
-once. The backward of one block begins the copies for the block that comes after it. All copies are in order on their stream: a
+once. The backward of one block begins the copies for those that come after it. All copies are in order on their stream: a
 pinned buffer may be written again as soon as the copy out of it has been queued.
 """
 
@@ -19,8 +19,6 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-IN_FLIGHT = 1
-"""Blocks whose copies to the host the computation may be ahead of."""
 LARGE = 2**20
 """Bytes below which a tensor stays: it frees little, and launching its copies takes as long as a large one's."""
 
@@ -47,9 +45,15 @@ class Group:
 
 
 class HostStore:
-    """What one model has in the host's memory, in the order of its blocks."""
+    """What one model has in the host's memory, in the order of its blocks.
 
-    def __init__(self, device: torch.device) -> None:
+    Attributes:
+        ahead: blocks whose copies to the host the computation may be ahead of, and whose copies back are begun before they are
+            needed.
+    """
+
+    def __init__(self, device: torch.device, ahead: int = 1) -> None:
+        self.ahead = ahead
         self._stream = torch.cuda.Stream(device)
         self._free: dict[tuple[Any, ...], list[Tensor]] = {}
         self._leaving: deque[tuple[list[Tensor], Any]] = deque()
@@ -92,7 +96,7 @@ class HostStore:
             return
         current = torch.cuda.current_stream(going[0][1].device)
         self._waiting = [*(g for g in self._waiting if g.items), group]
-        self._let_go(current, IN_FLIGHT)
+        self._let_go(current, self.ahead)
         self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             for buffer, saved in going:
@@ -126,15 +130,19 @@ class HostStore:
     def _begin_last(self, gradient: Tensor) -> None:
         self._waiting = [g for g in self._waiting if g.items]
         if self._waiting:
-            self._send(self._waiting[-1])
             self._let_go(torch.cuda.current_stream(gradient.device), 0)
-            self._start(self._waiting[-1])
+        for each in self._next():
+            self._start(each)
 
     def _begin(self, group: Group) -> None:
         """Once for each block: what has come back since must not be copied again."""
         self._waiting = [g for g in self._waiting if g.items and g is not group]
-        for each in (group, *self._waiting[-1:]):
+        for each in (group, *self._next()):
             self._start(each)
+
+    def _next(self) -> list[Group]:
+        """Whose copies back begin now."""
+        return self._waiting[: -self.ahead - 1 : -1]
 
     def _start(self, group: Group) -> None:
         for item in group.items:

@@ -14,9 +14,14 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from operator import attrgetter
 
+AHEAD = 1, 2
+"""Blocks whose copies to the host the computation may be ahead of, and whose copies back are begun before they are needed: the
+more, the less it waits for them, and the more is in flight."""
+RATED = 0.95
+"""Of the time that the computation takes by its rates, what copies are counted on to hide behind."""
 COPY_PRICES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)
 """Seconds of a step that a second of copying is asked to be worth."""
-MIXTURES = 16
+MIXTURES = 8
 """Shares of blocks that are tried between what is chosen at two prices."""
 MOST_AWAY = 6
 """Sizes of what a block may have on its way to the host that are tried."""
@@ -42,13 +47,14 @@ class BlockCosts:
     Attributes:
         narrow: the options that send no more to the host than the block's input, so that little is on its way; those that may
             be best, with the waiting for copies among their seconds.
-        forward: seconds of the block's forward.
+        forward, backward: seconds that they take if all is saved.
     """
 
     options: tuple[Option, ...]
     working: int
     narrow: tuple[Option, ...] = ()
     forward: float = 0.0
+    backward: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.narrow:
@@ -97,7 +103,40 @@ def choose_options(blocks: Sequence[Sequence[Option]], room: int, price: float =
     return [block[k] for block, k in zip(blocks, at, strict=True)]
 
 
-def options_within(blocks: Sequence[BlockCosts], room: int | None, host: int, spare: int = 0) -> list[Option]:
+@dataclass(frozen=True)
+class Placement:
+    """One option a block, and of how many blocks copies are under way."""
+
+    options: list[Option]
+    ahead: int = AHEAD[0]
+
+    def fits(self, room: int, host: int, spare: int) -> bool:
+        """Whether there is room for what stays, and for what is on its way."""
+        sent = [o.host_bytes for o in self.options]
+        return self.lean_bytes + in_flight(sent, self.ahead, spare) <= room and sum(sent[:-1]) <= host
+
+    @property
+    def lean_bytes(self) -> int:
+        """Bytes without those in flight."""
+        return sum(o.bytes for o in self.options[:-1])
+
+    @property
+    def lean_seconds(self) -> float:
+        """Seconds without those of waiting."""
+        return sum(o.seconds for o in self.options[:-1])
+
+    def seconds(self, blocks: Sequence[BlockCosts]) -> float:
+        """That a step takes longer."""
+        return self.lean_seconds + waiting(blocks, self.options, self.ahead)
+
+    def mixed(self, other: Placement, share: float) -> Placement:
+        """``other`` for a share of the blocks, evenly among them, this for the rest."""
+        each = enumerate(zip(self.options, other.options, strict=True))
+        options = [b if int((i + 1) * share) > int(i * share) else a for i, (a, b) in each]
+        return Placement(options, max(self.ahead, other.ahead))
+
+
+def options_within(blocks: Sequence[BlockCosts], room: int | None, host: int, spare: int = 0) -> Placement:
     """As :func:`choose_options`, where the host may take more than the inputs of blocks.
 
     Args:
@@ -105,30 +144,34 @@ def options_within(blocks: Sequence[BlockCosts], room: int | None, host: int, sp
         host: bytes that the host has for it; none: no more than inputs go there.
         spare: bytes by which what a backward has alive is more than what a forward has.
     """
-    narrow = choose_options([b.narrow for b in blocks], room or 0)
-    if room is None or not host:
+    narrow = Placement(choose_options([b.narrow for b in blocks], room or 0))
+    if room is None or not host or not any(o.all_away for b in blocks for o in b.options):
         return narrow
-    last = choose_options([hull(b.options) for b in blocks[-1:]], room)
-    found = [each for each in _candidates(blocks, room, spare) if _fits(each, room, host, spare)]
-    found += [narrow] if not found or _fits(narrow, room, host, spare) else []
-    best = min(found, key=lambda each: _seconds(blocks, each))
-    for other in [each for each in found if _lean(each) < _lean(best)]:
+    found = [
+        each for ahead in AHEAD for each in _candidates(blocks, room, spare, ahead) if each.fits(room, host, spare)
+    ]
+    found += [narrow] if not found or narrow.fits(room, host, spare) else []
+    best = min(found, key=lambda each: each.seconds(blocks))
+    for other in [each for each in found if each.lean_seconds < best.lean_seconds]:
         for share in range(1, MIXTURES):
-            mixed = _mixed(best, other, share / MIXTURES)
-            if _fits(mixed, room, host, spare) and _seconds(blocks, mixed) < _seconds(blocks, best):
+            mixed = best.mixed(other, share / MIXTURES)
+            if mixed.fits(room, host, spare) and mixed.seconds(blocks) < best.seconds(blocks):
                 best = mixed
-    return [*best[:-1], *last]
+    return Placement([*best.options[:-1], narrow.options[-1]], best.ahead)
 
 
-def _candidates(blocks: Sequence[BlockCosts], room: int, spare: int) -> Iterator[list[Option]]:
+def _candidates(blocks: Sequence[BlockCosts], room: int, spare: int, ahead: int) -> Iterator[Placement]:
     """What is chosen at each price of copying, by the most that one block may send away."""
     sizes = sorted({o.host_bytes for b in blocks for o in b.options})
-    sizes = [n for n in sizes if _moving(n, spare) <= room]
+    sizes = [n for n in sizes if n <= room]
     for most in sizes[:: -max(len(sizes) // MOST_AWAY, 1)]:
         for price in COPY_PRICES:
             allowed = {id(b): hull(_allowed(b.options, most), price) for b in blocks}
-            chosen = choose_options([allowed[id(b)] for b in blocks], room - _moving(most, spare), price)
-            yield spread(blocks, chosen)
+            options, moving = [allowed[id(b)] for b in blocks], ahead * most
+            for _ in range(2):
+                chosen = spread(blocks, choose_options(options, room - moving, price))
+                moving = in_flight([o.host_bytes for o in chosen], ahead, spare)
+                yield Placement(chosen, ahead)
 
 
 def _allowed(options: Sequence[Option], most: int) -> Sequence[Option]:
@@ -149,50 +192,37 @@ def spread(blocks: Sequence[BlockCosts], chosen: Sequence[Option]) -> list[Optio
     return placed
 
 
-def _mixed(one: Sequence[Option], other: Sequence[Option], share: float) -> list[Option]:
-    """``other`` for a share of the blocks, evenly among them, ``one`` for the rest."""
-    return [b if int((i + 1) * share) > int(i * share) else a for i, (a, b) in enumerate(zip(one, other, strict=True))]
+def waiting(blocks: Sequence[BlockCosts], chosen: Sequence[Option], ahead: int) -> float:
+    """Seconds that the computation waits for copies, each of which begins when the one before is over.
 
-
-def _lean(chosen: Sequence[Option]) -> float:
-    """Seconds without those of waiting."""
-    return sum(o.seconds for o in chosen[:-1])
-
-
-def _seconds(blocks: Sequence[BlockCosts], chosen: Sequence[Option]) -> float:
-    return _lean(chosen) + waiting([b.forward for b in blocks], chosen)
-
-
-def waiting(forwards: Sequence[float], chosen: Sequence[Option]) -> float:
-    """Seconds that the computation waits for copies.
-
-    A block's copies begin when its forward and the copies before are over, and are over when the next but one's begin: so much
-    is in flight. On the way back they begin with the backward of the block behind, which takes twice as long as its forward.
+    A block's copies to the host begin with the end of its forward. Those of all but ``ahead`` blocks before it must be over then.
+    Copies back of as many blocks begin with the backward of the block behind them.
     """
-    now, copied, waited = 0.0, [0.0, 0.0], 0.0
-    for forward, option in zip(forwards[:-1], chosen, strict=False):
-        now = max(now + forward, copied[-2])
-        copied = [copied[-1], max(now, copied[-1]) + option.copy]
-    for i, option in enumerate(chosen[:-1]):
-        waited += max(0.0, option.copy - 2 * forwards[i + 1] - chosen[i + 1].seconds)
-    return now - sum(forwards[:-1]) + waited
+    now, copied = 0.0, [0.0]
+    for block, option in zip(blocks[:-1], chosen, strict=False):
+        now = max(now + RATED * block.forward, copied[-ahead - 1] if len(copied) > ahead else 0.0)
+        copied.append(max(now, copied[-1]) + option.copy)
+    waited = now - RATED * sum(b.forward for b in blocks[:-1])
+    count, now, there = len(chosen) - 1, 0.0, [0.0]
+    for i in range(count, -1, -1):
+        begun = min(count, count - i + ahead) - len(there) + 1
+        for _ in range(begun):
+            there.append(max(now, there[-1]) + chosen[count - len(there)].copy)
+        arrived = max(now, there[count - i])
+        waited += arrived - now
+        now = arrived + RATED * (blocks[i].backward + (chosen[i].seconds if i < count else 0.0))
+    return waited
 
 
-def _fits(chosen: Sequence[Option], room: int, host: int, spare: int) -> bool:
-    needed = sum(o.bytes for o in chosen[:-1]) + in_flight([o.host_bytes for o in chosen], spare)
-    return needed <= room and sum(o.host_bytes for o in chosen[:-1]) <= host
-
-
-def in_flight(host_bytes: Sequence[int], spare: int = 0) -> int:
+def in_flight(host_bytes: Sequence[int], ahead: int, spare: int = 0) -> int:
     """Bytes on the device while they are copied, of what each block has in the host's memory; the last one keeps all.
 
-    One block's beside a backward; two blocks' beside a forward, which has ``spare`` bytes less alive.
+    Of as many blocks as the copies back are ahead, beside a backward; of one more beside a forward, which has ``spare`` bytes
+    less alive.
     """
-    return _moving(max(host_bytes[:-1], default=0), spare)
-
-
-def _moving(most: int, spare: int) -> int:
-    return max(most, 2 * most - spare)
+    sent = [n for n in host_bytes[:-1] if n]
+    back, there = (max((sum(sent[i : i + count]) for i in range(len(sent))), default=0) for count in (ahead, ahead + 1))
+    return max(back, there - spare)
 
 
 def without_waiting(options: Sequence[Option], forward: float) -> tuple[Option, ...]:

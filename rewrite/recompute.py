@@ -20,15 +20,15 @@ import torch
 from torch import Tensor, fx
 from torch.nn import Parameter
 
-from .joint import JointGraph, recompute_problem
+from .joint import JointGraph, forward_nodes, recompute_problem
 from .liveness import peak_bytes
 from .placement import BlockCosts, Option, in_flight, without_waiting
 from .rates import Rates
 from .remat import Choice, frontier
 from .sizes import Evaluate, evaluator, node_flops, node_traffic, storages, tensors, value_bytes
 
-PRICES = tuple(10.0**-exponent for exponent in (16, 14, 13, 12.5, 12, 11.75, 11.5, 11.25, 11, 10.5, 10, 9.5, 9))
-"""Seconds a byte at which the cut is asked: for a gigabyte from 0.1 µs to a second, above which no memory is worth it."""
+CHEAPEST, DEAREST = 1e-16, 1e-9
+"""Seconds a byte between which the cut is asked: for a gigabyte 0.1 µs, and a second, above which no memory is worth it."""
 
 CONTENTION = 0.02
 """Share of a copy to the host that computation loses to it, where they overlap: both read the same memory."""
@@ -45,15 +45,18 @@ def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpoint
         return BlockCosts((Option(None, 0, 0.0),), 0)
     of = evaluator(joint.fakes, args)
     seconds: Callable[[fx.Node], float] = lambda node: node_seconds(node, of, rates)  # noqa: E731
-    choices = frontier(recompute_problem(joint.graph, seconds, of), PRICES)
+    choices = frontier(recompute_problem(joint.graph, seconds, of), CHEAPEST, DEAREST)
     if checkpointed:
         choices = [c for c in choices if c.bytes <= THRIFTY * choices[0].bytes] or choices[-1:]
     given = activation(args)
     held = 0 if given is None else given.numel() * given.element_size()
-    forward = sum(seconds(n) for n in joint.graph.nodes if n.meta.get("partitioner_tag") == "is_forward")
+    inside = set(forward_nodes(joint.graph))
+    forward, backward = (
+        sum(seconds(n) for n in joint.graph.nodes if (n in inside) is first) for first in (True, False)
+    )
     near = _options(choices, held, rates)
     away = [] if checkpointed else _all_away(choices, held, rates)
-    return BlockCosts((*near, *away), _working(joint, of, held), without_waiting(near, forward), forward)
+    return BlockCosts((*near, *away), _working(joint, of, held), without_waiting(near, forward), forward, backward)
 
 
 def node_seconds(node: fx.Node, of: Evaluate, rates: Rates) -> float:
@@ -152,6 +155,7 @@ class MemoryPlan:
         resident: weights, optimizer state, gradients and whatever else is there besides activations.
         working: the most that one block's backward, or the head with its loss, has alive beside what the other blocks saved.
         spare: bytes by which ``working`` is more than what a forward has alive.
+        ahead: blocks whose copies to the host or back are under way beside a backward.
         measured: the step's own peak, on a GPU, once the next one has begun, where it was the highest until then.
         before: the plan of the step before, measured.
     """
@@ -164,6 +168,7 @@ class MemoryPlan:
     peak_before: int | None = None
     before: MemoryPlan | None = None
     spare: int = 0
+    ahead: int = 1
 
     @property
     def predicted(self) -> int:
@@ -173,7 +178,7 @@ class MemoryPlan:
     @property
     def in_flight(self) -> int:
         """What is on its way to the host's memory, or back."""
-        return in_flight([b.host_bytes for b in self.blocks], self.spare)
+        return in_flight([b.host_bytes for b in self.blocks], self.ahead, self.spare)
 
     @property
     def extra_seconds(self) -> float:

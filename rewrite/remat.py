@@ -13,7 +13,8 @@ for what implies what. As λ grows the saved bytes shrink, from everything that 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import heapq
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,16 +55,26 @@ class Choice:
     seconds: float
 
 
-def choose(problem: Problem, price: float) -> Choice:
-    """The cheapest choice where a byte costs ``price`` seconds, more than none."""
+CUTS = 15
+"""Prices that :func:`frontier` asks at, at most: a few milliseconds each for a block."""
+FINE = 1 / 32
+"""Of the most bytes that are saved, what two choices may be apart without one being looked for between them."""
+UNLIKE = 1e-3
+"""By what share sizes are taken to differ there, so that of values that are worth the same one can be saved alone."""
+
+
+def choose(problem: Problem, price: float, unlike: float = 0.0) -> Choice:
+    """The cheapest choice where a byte costs ``price`` seconds, more than none; up to ``unlike`` of its price more for values
+    that are made later."""
     graph = nx.DiGraph()
     graph.add_nodes_from(("source", "sink"))
     for name, operation in problem.operations.items():
         _edge(graph, ("op", name), "sink", operation.seconds)
         for value in operation.reads:
             _edge(graph, ("op", name), ("value", value), INFINITE)
-    for value, producer in problem.producer.items():
-        _edge(graph, ("value", value), ("op", producer), problem.size[value] * price)
+    for i, (value, producer) in enumerate(problem.producer.items()):
+        more = 1 + unlike * i / len(problem.producer)
+        _edge(graph, ("value", value), ("op", producer), problem.size[value] * price * more)
     for value in problem.needed:
         _edge(graph, "source", ("value", value), INFINITE)
     _, (again, _) = nx.minimum_cut(graph, "source", "sink")
@@ -82,11 +93,27 @@ def _edge(graph: nx.DiGraph, start: Any, end: Any, capacity: float) -> None:
         graph.add_edge(start, end, capacity=capacity)
 
 
-def frontier(problem: Problem, prices: Iterable[float]) -> list[Choice]:
-    """The different choices at ``prices``, most bytes first; only those that are faster the more they save."""
-    found: list[Choice] = []
-    for price in sorted(prices):
-        choice = choose(problem, price)
-        if not found or choice.bytes < found[-1].bytes:
-            found.append(choice)
-    return found
+def frontier(problem: Problem, cheapest: float, dearest: float) -> list[Choice]:
+    """Different choices between those at these two prices, most bytes first; only those that are faster the more they save.
+
+    Between the two that are furthest apart in bytes the next is looked for, at the price at which these cost the same: a third
+    one that is worth it at any price is cheaper there.
+    """
+    found = [choose(problem, cheapest), choose(problem, dearest)]
+    gaps, serial = [(found[1].bytes - found[0].bytes, 0, *found)], itertools.count(1)
+    for _ in range(2, CUTS):
+        apart, _, more, less = heapq.heappop(gaps) if gaps else (0, 0, *found[:2])
+        if -apart <= FINE * found[0].bytes or more.seconds >= less.seconds:
+            break
+        between = choose(problem, (less.seconds - more.seconds) / -apart, UNLIKE)
+        if less.bytes < between.bytes < more.bytes and more.seconds < between.seconds < less.seconds:
+            found.append(between)
+            for a, b in ((more, between), (between, less)):
+                heapq.heappush(gaps, (b.bytes - a.bytes, next(serial), a, b))
+    kept: list[Choice] = []
+    for choice in sorted(found, key=lambda c: (-c.bytes, c.seconds)):
+        while kept and choice.seconds <= kept[-1].seconds:
+            kept.pop()
+        if not kept or choice.bytes < kept[-1].bytes:
+            kept.append(choice)
+    return kept

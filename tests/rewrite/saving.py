@@ -14,8 +14,6 @@ from weft.rewrite.joint import JointGraph, Recorder, is_random, recompute_proble
 from weft.rewrite.remat import Choice, Problem, frontier
 from weft.rewrite.sizes import evaluator
 
-PRICES = tuple(10.0**-i for i in range(12, -3, -1))
-
 
 class Captured:
     """A function as Dynamo captures it, lowered through its joint graph.
@@ -55,7 +53,7 @@ class Captured:
 
     def choices(self) -> list[Choice]:
         """From all to as little as possible."""
-        return frontier(self.problem(), PRICES)
+        return frontier(self.problem(), 1e-12, 100.0)
 
 
 class SavedBytes:

@@ -117,10 +117,15 @@ def tensors(seed: int, count: int) -> list[Tensor]:
 
 
 @settings(cases, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=6), st.integers(1, 3), st.booleans())
-def test_all_comes_back(copies: Copies, blocks: list[tuple[int, bool]], steps: int, dropped: bool) -> None:
+@given(
+    st.lists(st.tuples(st.integers(0, 6), st.booleans()), min_size=1, max_size=6),
+    st.integers(1, 3),
+    st.booleans(),
+    st.integers(1, 3),
+)
+def test_all_comes_back(copies: Copies, blocks: list[tuple[int, bool]], steps: int, dropped: bool, ahead: int) -> None:
     copies.__init__()
-    store, weight = HostStore(DEVICE), normal(99, 8, 8).to(DEVICE)
+    store, weight = HostStore(DEVICE, ahead), normal(99, 8, 8).to(DEVICE)
     pinned: set[int] = set()
     for step in range(steps):
         copies.count = 0
@@ -185,14 +190,19 @@ def three_blocks(store: HostStore) -> list[Tensor]:
 
 
 def test_the_block_before_is_under_way() -> None:
-    """Its copies have begun when a block's own are there."""
-    store = HostStore(DEVICE)
+    """The copies of so many have begun when a block's own are there; or before, where the block behind has none."""
+    store = HostStore(DEVICE, ahead=2)
     kept = three_blocks(store)
     groups = list(store._waiting)
     begun = lambda: [[i._arriving is not None for i in g.items] for g in groups]  # noqa: E731
     assert [len(g.items) for g in groups] == [3, 3, 3]
-    kept.pop().sum().backward()
-    assert begun() == [[False] * 3, [True] * 3, []]
+    y = kept.pop() * 1
+    store.before(y)
+    y.register_hook(lambda _: found.append(begun()))
+    found = list[Any]()
+    y.sum().backward()
+    assert found == [[[False] * 3, [True] * 3, [True] * 3]]
+    assert begun() == [[True] * 3, [True] * 3, []]
     kept.pop(0).sum().backward()
     assert begun() == [[], [True] * 3, []]
 

@@ -10,8 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from weft.rewrite.placement import (
+    RATED,
     BlockCosts,
     Option,
+    Placement,
     choose_options,
     hull,
     in_flight,
@@ -93,7 +95,7 @@ def test_all_is_saved_where_there_is_room() -> None:
 # the host's memory -------------------------------------------------------------------------------------------------------
 def costs(near: Sequence[Option], far: Sequence[Option], forward: float) -> BlockCosts:
     """As of a block: options on the device first."""
-    return BlockCosts((*near, *far), 0, without_waiting(near, forward), forward)
+    return BlockCosts((*near, *far), 0, without_waiting(near, forward), forward, forward)
 
 
 away = st.lists(st.integers(1, 60).flatmap(lambda n: st.builds(
@@ -107,41 +109,71 @@ blocks_away = st.lists(st.builds(costs, options, away, st.integers(1, 8).map(flo
 @cases
 @given(blocks_away, st.integers(0, 160), st.integers(0, 200), st.integers(0, 30))
 def test_what_is_on_its_way_has_room(blocks: list[BlockCosts], room: int, host: int, spare: int) -> None:
-    chosen = options_within(blocks, room, host, spare)
-    narrow = choose_options([b.narrow for b in blocks], room)
+    placement = options_within(blocks, room, host, spare)
+    chosen, narrow = placement.options, Placement(choose_options([b.narrow for b in blocks], room))
     assert all(c in (*b.options, *b.narrow) for c, b in zip(chosen, blocks, strict=True))
-    needed = sum(o.bytes for o in chosen[:-1]) + in_flight([o.host_bytes for o in chosen], spare)
+    needed = sum(o.bytes for o in chosen[:-1]) + in_flight([o.host_bytes for o in chosen], placement.ahead, spare)
     if any(o.all_away for o in chosen[:-1]):
-        assert needed <= room and sum(o.host_bytes for o in chosen[:-1]) <= host
-        assert sum(o.bytes for o in narrow[:-1]) + in_flight([o.host_bytes for o in narrow], spare) > room or (
-            taken(blocks, chosen) <= taken(blocks, narrow)
-        )
-    assert not any(o.all_away for o in options_within(blocks, room, 0)), "only where the host may have it"
-    assert options_within(blocks, None, host) == choose_options([b.narrow for b in blocks], 0)
-
-
-def taken(blocks: Sequence[BlockCosts], chosen: Sequence[Option]) -> float:
-    """Seconds that a choice adds to a step."""
-    return sum(o.seconds for o in chosen[:-1]) + waiting([b.forward for b in blocks], chosen)
+        assert needed <= room and sum(o.host_bytes for o in chosen[:-1]) <= host and placement.fits(room, host, spare)
+        assert not narrow.fits(room, host, spare) or placement.seconds(blocks) <= narrow.seconds(blocks)
+    assert not any(o.all_away for o in options_within(blocks, room, 0).options), "only where the host may have it"
+    assert options_within(blocks, None, host).options == choose_options([b.narrow for b in blocks], 0)
 
 
 @cases
-@given(st.lists(st.tuples(st.integers(1, 9), st.integers(0, 30)), min_size=1, max_size=8))
-def test_waiting_is_that_of_a_simulation_by_hand(given: list[tuple[int, int]]) -> None:
-    """Tick by tick: one block computes, one copy goes on, and a block's end waits for the copies of all but the last before."""
-    forwards, chosen = [float(f) for f, _ in given], [Option(None, 0, 0.0, c, True, float(c)) for _, c in given]
-    queue, done, clock, left = list[list[int]](), 0, 0, [f for f, _ in given[:-1]]
-    for i, (_, copy) in enumerate(given[:-1]):
-        while left[i] > 0 or sum(1 for q in queue[: max(i - 1, 0)] if q[0] > 0):
-            clock += 1
-            left[i] -= 1
-            running = next((q for q in queue if q[0] > 0), None)
-            if running is not None:
-                running[0] -= 1
-                done += 1
-        queue.append([copy])
-    back = sum(max(0, c - 2 * given[i + 1][0]) for i, (_, c) in enumerate(given[:-1]))
-    assert waiting(forwards, chosen) == clock - sum(f for f, _ in given[:-1]) + back
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(1, 9), st.integers(0, 30)), min_size=1, max_size=8),
+    st.integers(1, 3),
+)
+def test_waiting_is_that_of_a_simulation_by_hand(given: list[tuple[int, int, int]], ahead: int) -> None:
+    """Tick by tick: one block computes, one copy goes on."""
+    chosen = [Option(None, 0, 0.0, c, True, float(c)) for _, _, c in given]
+    blocks = [BlockCosts((o,), 0, (), f / RATED, b / RATED) for o, (f, b, _) in zip(chosen, given, strict=True)]
+    held = given[:-1]
+    there = ticks([f for f, _, _ in held], [c for _, _, c in held], lambda done, i: done >= i - ahead, lambda i: i + 1)
+    copies = [c for _, _, c in held][::-1]
+    back = ticks([b for _, b, _ in given[::-1]], [0, *copies], lambda done, i: done > i, lambda i: i + ahead + 1, False)
+    assert waiting(blocks, chosen, ahead) == pytest.approx(
+        there + back - sum(f for f, _, _ in held) - sum(b for _, b, _ in given)
+    )
+
+
+def ticks(
+    work: Sequence[int], copies: Sequence[int], may: Callable[[int, int], bool], begun: Callable[[int], int],
+    at_end: bool = True,
+) -> int:  # fmt: skip
+    """How long ``work`` takes. Copies begin with the end (or beginning) of work i as far as ``begun`` says; it ends (or begins)
+    when ``may`` of the number of copies that are over."""
+    clock, queue, done = 0, list(copies), 0
+
+    def over() -> None:
+        nonlocal done
+        while done < allowed and queue[done] == 0:
+            done += 1
+
+    def tick() -> None:
+        nonlocal clock
+        over()
+        if done < allowed:
+            queue[done] -= 1
+        clock += 1
+        over()
+
+    allowed = 0
+    for i, takes in enumerate(work):
+        if at_end:
+            for _ in range(takes):
+                tick()
+        allowed = allowed if at_end else min(begun(i), len(copies))
+        over()
+        while not may(done, i):
+            tick()
+        allowed = min(begun(i), len(copies))
+        over()
+        if not at_end:
+            for _ in range(takes):
+                tick()
+    return clock
 
 
 @cases
@@ -168,9 +200,14 @@ def test_large_copies_take_turns_with_small_ones() -> None:
     near = [Option(None, 100, 0.0), Option(frozenset(), 0, 1.0, 10, copy=1.0)]
     block = costs(near, [Option(None, 0, 0.0, 60, True, 6.0)], forward=4.0)
     blocks = [block] * 9
-    chosen = options_within(blocks, 120, 1000)
-    sent = [o.host_bytes for o in chosen[:-1]]
-    alone = [taken(blocks, [next(o for o in block.options if o.host_bytes == n)] * 9) for n in (10, 60)]
-    assert set(sent) == {10, 60} and taken(blocks, chosen) < min(alone)
-    assert options_within(blocks, 50, 1000)[0].host_bytes == 10, "there is no room for what is on its way"
-    assert in_flight([60, 60, 60]) == 120 and in_flight([60, 60, 60], spare=50) == 70 and in_flight([60]) == 0
+    placement = options_within(blocks, 180, 1000)
+    alone = [Placement([next(o for o in block.options if o.host_bytes == n)] * 9, 2) for n in (10, 60)]
+    assert {10, 60} <= {o.host_bytes for o in placement.options[:-1]}
+    assert placement.seconds(blocks) < min(each.seconds(blocks) for each in alone)
+    assert options_within(blocks, 50, 1000).options[0].host_bytes == 10, "there is no room for what is on its way"
+
+
+def test_in_flight() -> None:
+    assert in_flight([60, 0, 60, 10, 60, 60], 2) == 130 and in_flight([60, 60, 60, 60], 2, spare=70) == 120
+    assert in_flight([60, 0, 60, 10, 60, 60], 1, spare=100) == 60 and in_flight([60, 0, 60, 10, 60, 60], 1) == 120
+    assert in_flight([60], 1) == in_flight([], 2) == 0
