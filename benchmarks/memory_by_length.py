@@ -2,39 +2,54 @@
 
     python -m benchmarks.memory_by_length --out FILE [--arms weft_nf4 unsloth_nf4 hf_nf4] [--lengths 1024 ... 32768]
 
-One row a batch; the arms checkpoint, each in its own way, weft under ``memory="min"``. A run that ends for lack of memory is
-part of the result. Each runs in a process of its own.
+One row a batch; the arms checkpoint, each in its own way, weft under ``memory="min"``. Each arm goes through all lengths, the
+shortest first, in a process of its own. That it ends for lack of memory is part of the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from .arm_settings import SHAPES, missing
 from .environment import write
-from .train_runner import run, save_models
+from .train_runner import Started, save_models
 
 LENGTHS = (1024, 2048, 4096, 8192, 16384, 32768)
 
 
 def main() -> None:
-    """Run every arm at every length; the file is written after each."""
+    """Run one arm after the other; the file is written after each length, so that a time limit costs only what is left."""
     given = _options()
     absent = {arm: package for arm in given.arms if (package := missing(arm))}
-    found: list[dict[str, Any]] = []
-    save_models(given)
+    arms = [arm for arm in given.arms if arm not in absent]
+    save_models(arms, given)
+    runs = list[dict[str, Any]]()
+    for run in _runs(arms, given):
+        runs.append(run)
+        print(run["arm"], run.get("length", ""), _shown(run), flush=True)
+        write(given.out, "memory_by_length", shape=given.shape, layers=given.layers, runs=runs, not_installed=absent)
+
+
+def _runs(arms: Sequence[str], given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    """What the arms' processes say, as they say it."""
     with tempfile.TemporaryDirectory() as caches:
-        for length in given.lengths:
-            for arm in [a for a in given.arms if a not in absent]:
-                given.length, given.memory = length, "min" if arm.startswith("weft") else ""
-                result = run(arm, given, Path(caches) / arm)
-                kept = ("peak_gib", "step_s", "tokens_per_s", "gradient_norm", "failed", "memory")
-                found.append({"arm": arm, "length": length} | {k: result[k] for k in kept if k in result})
-                print(arm, length, found[-1].get("peak_gib", found[-1].get("failed")), "GiB", flush=True)
-                write(given.out, "memory_by_length", shape=given.shape, runs=found, not_installed=absent)
+        for arm in arms:
+            given.memory = "min" if arm.startswith("weft") else ""
+            started = Started(arm, given, Path(caches) / arm, "--lengths", *map(str, given.lengths))
+            yield from ({"arm": arm} | result for result in started.results())
+
+
+def _shown(run: dict[str, Any]) -> str:
+    if "failed" in run:
+        return "\n".join([run["failed"], *([run["output"]] if "output" in run else [])])
+    return (
+        f"{run['peak_gib']} GiB  {run['tokens_per_s']} tokens/s  loss {run['loss']:.5f}  "
+        f"gradient norm {run['gradient_norm']:.5g}"
+    )
 
 
 def _options() -> argparse.Namespace:
@@ -44,9 +59,10 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--lengths", nargs="+", type=int, default=list(LENGTHS))
     parser.add_argument("--shape", default="llama8b", choices=list(SHAPES))
     parser.add_argument("--layers", type=int)
-    parser.add_argument("--limit", type=float, default=120, help="seconds for one run")
+    parser.add_argument("--limit", type=float, default=240, help="seconds for one arm at all lengths")
+    parser.add_argument("--warmup", type=int, default=2, help="steps before the two timed ones of each length")
     parser.add_argument("--models", default="")
-    parser.set_defaults(batch=1, length=LENGTHS[0], memory="", steps=2, warmup=2, checkpointing=True, verify=False)
+    parser.set_defaults(batch=1, length=None, memory="", steps=2, checkpointing=True, verify=False, in_turns=False)
     return parser.parse_args()
 
 

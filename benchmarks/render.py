@@ -112,6 +112,27 @@ def train_row(arm: str, runs: Sequence[Result]) -> list[str]:
     ]  # fmt: skip
 
 
+def memory_by_length(result: Result) -> list[str]:
+    """Peak and rate of every arm, a row for each length."""
+    layers = f", {result['layers']} layers" if result["layers"] else ""
+    lines = [f"## Memory by length: {result['shape']}{layers}", "", *machine(result)]
+    lines += ['One row a batch; each arm checkpoints in its own way, weft under `memory="min"`.', ""]
+    found = {(run["arm"], run.get("length")): run for run in result["runs"]}
+    arms = list(dict.fromkeys(arm for arm, _ in found))
+    lengths = sorted({run["length"] for run in result["runs"] if "length" in run})
+    head = ["length", *(f"{arm}, {figure}" for arm in arms for figure in ("peak GiB", "tokens/s"))]
+    rows = [[str(n), *(cell for arm in arms for cell in length_cells(found, arm, n))] for n in lengths]
+    notes = [f"{arm} ended early: {run['failed']}." for (arm, length), run in found.items() if length is None]
+    notes += [f"Not installed: {arm} ({package})." for arm, package in result["not_installed"].items()]
+    return lines + table(head, rows) + [line for note in notes for line in (note, "")]
+
+
+def length_cells(found: Mapping[tuple[str, int | None], Result], arm: str, length: int) -> list[str]:
+    """Peak and rate of one arm at one length; where there are none, how it failed there or its process ended before."""
+    run = found.get((arm, length)) or found.get((arm, None)) or {"failed": "not run"}
+    return [run["failed"], ""] if "failed" in run else [str(run["peak_gib"]), str(run["tokens_per_s"])]
+
+
 def capture(result: Result) -> list[str]:
     """Seconds of ``optimize`` by layers."""
     lines = ["## Capture and rewriting", "", *machine(result), f"On {result['threads']} threads of a CPU.", ""]
@@ -163,7 +184,8 @@ def sweep_rows(result: Result, group: str) -> list[list[str]]:
 
 
 KINDS: dict[str, Callable[[Result], list[str]]] = {
-    "sweep": sweep, "kernels": kernels, "train_step": train_step, "capture": capture, "cpu": cpu,
+    "sweep": sweep, "kernels": kernels, "train_step": train_step, "memory_by_length": memory_by_length, "capture": capture,
+    "cpu": cpu,
 }  # fmt: skip
 
 

@@ -9,7 +9,9 @@ import subprocess
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -33,8 +35,7 @@ def interleave(given: argparse.Namespace) -> int:
     common = {k: v for k, v in asdict(setting_of(given, "")).items() if k not in ("arm", "models", "in_turns")}
     results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in arms}
     limits = json.loads(_last_line(_python(["benchmarks.ceilings"], given.limit, stderr=None)))
-    if any(setting_of(given, arm).loads for arm in arms):
-        save_models(given)
+    save_models(arms, given)
     with tempfile.TemporaryDirectory() as caches:
         found = together(arms, given, Path(caches)) if given.together else in_turn(arms, given, Path(caches))
         for arm, result in found:
@@ -61,7 +62,7 @@ def in_turn(arms: Sequence[str], given: argparse.Namespace, caches: Path) -> Fou
 
 def together(arms: Sequence[str], given: argparse.Namespace, caches: Path) -> Found:
     """All arms at once: they are set up side by side, and take their timed steps in turn."""
-    started = [Waiting(arm, given, caches / arm) for arm in arms]
+    started = [Waiting(arm, given, caches / arm, "--in-turns") for arm in arms]
     try:
         ready = [each for each in started if each.wait()]
         for _ in range(given.rounds):
@@ -73,27 +74,56 @@ def together(arms: Sequence[str], given: argparse.Namespace, caches: Path) -> Fo
             each.process.kill()
 
 
-class Waiting:
-    """An arm whose process takes timed steps when it is told to."""
+class Started:
+    """An arm in a fresh process, with compiler caches of its own, whose output is read as it comes."""
 
-    def __init__(self, arm: str, given: argparse.Namespace, caches: Path) -> None:
+    def __init__(self, arm: str, given: argparse.Namespace, caches: Path, *options: str) -> None:
         self.arm, self.limit = arm, given.limit
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
-            _command([*_arm_arguments(arm, given), "--in-turns"]), env=_environment(_caches(caches)), text=True,
+            _command([*_arm_arguments(arm, given), *options]), env=_environment(_caches(caches)), text=True,
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors,
         )  # fmt: skip
         assert self.process.stdout is not None
         self.lines = iter(self.process.stdout)
 
-    def wait(self) -> bool:
-        """Until it is ready; False if it has ended, or takes too long and is ended."""
+    @contextmanager
+    def limited(self) -> Iterator[None]:
+        """It is ended if this takes longer than the limit."""
         timer = threading.Timer(self.limit, self.process.kill)
         timer.start()
         try:
-            return any(line.strip() == READY for line in self.lines)
+            yield
         finally:
             timer.cancel()
+
+    def results(self) -> Iterator[dict[str, Any]]:
+        """Its results within the limit, each as it comes; then how it failed, if it did."""
+        began = time.monotonic()
+        try:
+            with self.limited():
+                yield from (_parsed(line) for line in self.lines if line.startswith(PREFIX))
+                status = self.process.wait()
+        finally:
+            self.process.kill()
+        if status:
+            late = time.monotonic() - began >= self.limit
+            why = f"not finished after {self.limit:g} s" if late else f"exit status {status}"
+            yield {"failed": why, "output": self.written()[-2000:]}
+
+    def written(self) -> str:
+        """What it has written to stderr."""
+        self.errors.seek(0)
+        return self.errors.read()
+
+
+class Waiting(Started):
+    """An arm whose process takes timed steps when it is told to."""
+
+    def wait(self) -> bool:
+        """Until it is ready; False if it has ended, or takes too long and is ended."""
+        with self.limited():
+            return any(line.strip() == READY for line in self.lines)
 
     def turn(self) -> bool:
         """Its timed steps."""
@@ -108,16 +138,15 @@ class Waiting:
         except subprocess.TimeoutExpired:
             self.process.kill()
             rest, _ = self.process.communicate()
-        self.errors.seek(0)
-        output = self.errors.read()
         if self.process.returncode:
-            return {"failed": f"exit status {self.process.returncode}", "output": output[-3000:]}
-        return _result(rest, output)
+            return {"failed": f"exit status {self.process.returncode}", "output": self.written()[-3000:]}
+        return _result(rest, self.written())
 
 
-def save_models(given: argparse.Namespace) -> None:
-    """Write the model that some arms load, in a process that ends before they begin."""
-    _python(["benchmarks.train_step", "--save", *_options(given)], given.limit, stderr=None)
+def save_models(arms: Sequence[str], given: argparse.Namespace) -> None:
+    """Write the model that some of the arms load, if they do, in a process that ends before they begin."""
+    if any(setting_of(given, arm).loads for arm in arms):
+        _python(["benchmarks.train_step", "--save", *_options(given)], given.limit, stderr=None)
 
 
 def run(arm: str, given: argparse.Namespace, caches: Path) -> dict[str, Any]:
@@ -141,7 +170,11 @@ def _caches(folder: Path) -> dict[str, str]:
 
 def _result(output: str, errors: str) -> dict[str, Any]:
     lines = [line for line in output.splitlines() if line.startswith(PREFIX)]
-    return json.loads(lines[-1].removeprefix(PREFIX)) if lines else {"failed": "no result", "output": errors[-3000:]}
+    return _parsed(lines[-1]) if lines else {"failed": "no result", "output": errors[-3000:]}
+
+
+def _parsed(line: str) -> dict[str, Any]:
+    return json.loads(line.removeprefix(PREFIX))
 
 
 def _options(given: argparse.Namespace) -> list[str]:

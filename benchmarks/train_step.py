@@ -8,6 +8,7 @@
     python -m benchmarks.train_step --interleave hf regional weft --together --rounds 2 --shape qwen1.5b --out qwen.json
                                                                    set up side by side, timed in turn: for models of which
                                                                    as many fit as there are arms
+    python -m benchmarks.train_step --arm weft --lengths 1024 2048 one arm at several lengths; a line of RESULT for each
 
 Options of both: --batch --length --steps --checkpointing --shape --layers --no-verify (see --help). Peers that are not
 installed are listed as such. The loss of every step and the adapters' gradient norm in the first one show that all arms
@@ -39,6 +40,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--in-turns", action="store_true", help="--arm: time steps whenever a line is read, until there is none"
     )
+    parser.add_argument("--lengths", nargs="+", type=int, help="--arm: train at these in turn, in place of --length")
     parser.add_argument("--limit", type=float, default=240, help="seconds that --interleave gives an arm")
     parser.add_argument("--shape", default="llama8b", choices=list(SHAPES))
     parser.add_argument("--layers", type=int, help="another number of layers than the shape's")
@@ -93,9 +95,10 @@ def main() -> int:
     setting = setting_of(given, given.arm)
     if setting.base == "unsloth":
         import unsloth  # noqa: F401  # pyright: ignore[reportMissingImports]  (it patches what is imported after it)
-    from .training import run_arm
+    from .training import run_arm, run_lengths
 
-    print(PREFIX + json.dumps(run_arm(setting)), flush=True)
+    for found in run_lengths(setting, given.lengths) if given.lengths else [run_arm(setting)]:
+        print(PREFIX + json.dumps(found), flush=True)
     return 0
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import gc
 import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +20,48 @@ from .arms import build, device
 
 def run_arm(setting: Setting) -> dict[str, Any]:
     """Build one arm and train it: ``setting.warmup`` steps, then ``setting.steps`` timed ones in each turn."""
+    model, optimizer, found = _set_up(setting)
+    found |= _train(model, optimizer, setting)
+    found["first_s"] = round(found["first_step_s"] + found.get("optimize_s", 0.0), 3)
+    if setting.base == "weft":
+        found |= _report(model)
+    return found
+
+
+def run_lengths(setting: Setting, lengths: Sequence[int]) -> Iterator[dict[str, Any]]:
+    """Build one arm and train it as :func:`run_arm` does at each length of its rows, the shortest first.
+
+    Where memory runs out, longer ones are not tried. Steps go on from the adapters that shorter rows have trained.
+    """
+    model, optimizer, _ = _set_up(replace(setting, length=max(lengths)))
+    failed = dict[str, Any]()
+    for length in sorted(lengths):
+        _let_go(optimizer)
+        found = failed or _at_length(model, optimizer, replace(setting, length=length))
+        failed = found if "failed" in found else {}
+        yield {"length": length} | found
+
+
+def _let_go(optimizer: Any) -> None:
+    """Of what former steps, or one that ended for lack of memory, have left."""
+    optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    _empty_cache()
+
+
+def _at_length(model: Any, optimizer: Any, setting: Setting) -> dict[str, Any]:
+    found = dict[str, Any]()
+    with suppress(torch.OutOfMemoryError):
+        found = _train(model, optimizer, setting)
+    if not found:
+        return {"failed": "out of memory"}
+    kept = {name: found[name] for name in ("peak_gib", "step_s", "tokens_per_s", "gradient_norm")}
+    kept["loss"] = found["losses"][0]
+    return kept | ({"memory": _memory(model.rewrite_report.memory)} if setting.base == "weft" else {})
+
+
+def _set_up(setting: Setting) -> tuple[Any, Any, dict[str, Any]]:
+    """The model of an arm, optimized where that is weft; its optimizer; what both took."""
     started = time.perf_counter()
     model = build(setting)
     _wait()
@@ -28,12 +72,7 @@ def run_arm(setting: Setting) -> dict[str, Any]:
         found |= _optimize(model, setting)
         found["optimize_peak_gib"] = _gib("max_memory_allocated")
     trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
-    found |= _train(model, optimizer, setting)
-    found["first_s"] = round(found["first_step_s"] + found.get("optimize_s", 0.0), 3)
-    if setting.base == "weft":
-        found |= _report(model)
-    return found
+    return model, torch.optim.AdamW(trainable, lr=1e-4, fused=True), found
 
 
 def _optimize(model: Any, setting: Setting) -> dict[str, Any]:
@@ -75,10 +114,13 @@ def _train(model: Any, optimizer: Any, setting: Setting) -> dict[str, Any]:
     losses, found = list[float](), dict[str, Any]()
     batches = list(_batches(model.config.vocab_size, setting))
 
+    def look() -> None:
+        found["gradient_norm"] = gradient_norm(model)
+
     def seconds(ids: Any) -> float:
         _wait()
         started = time.perf_counter()
-        loss = train_step(model, optimizer, ids, lambda: found.setdefault("gradient_norm", gradient_norm(model)))
+        loss = train_step(model, optimizer, ids, (lambda: None) if losses else look)
         losses.append(float(loss))
         _wait()
         return time.perf_counter() - started
@@ -107,8 +149,7 @@ def _turns(setting: Setting) -> Iterator[None]:
         yield
         return
     while True:
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
+        _empty_cache()
         print(READY, flush=True)
         if not sys.stdin.readline():
             return
@@ -152,6 +193,11 @@ def _wait() -> None:
 
 def _gib(statistic: str) -> float | None:
     return round(getattr(torch.cuda, statistic)() / 2**30, 3) if torch.cuda.is_available() else None
+
+
+def _empty_cache() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 def _reset_peak() -> None:

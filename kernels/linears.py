@@ -90,8 +90,13 @@ def add_product(y: Tensor, left: Tensor, right: Tensor, scale: float = 1.0) -> N
         part.add_(factor @ right, alpha=scale)
 
 
-def forward(x: Tensor, linears: list[Linear], dtype: torch.dtype) -> tuple[list[Tensor], Tensor | None]:
-    """y of each linear, and t of all adapters side by side, computed in ``dtype``; None without an adapter."""
+def forward(
+    x: Tensor, linears: list[Linear], dtype: torch.dtype, updated: bool = True
+) -> tuple[list[Tensor], Tensor | None]:
+    """y of each linear, and t of all adapters side by side, computed in ``dtype``; None without an adapter.
+
+    Unless ``updated``, whoever reads y and t adds scale · t · Bᵀ.
+    """
     rows, lead = matrix(x), x.shape[:-1]
     shared = [linear.a for linear in linears if linear.a is not None and not linear.own]
     fused = times(rows, joined(shared, 0).t(), dtype) if shared else rows.new_empty((rows.shape[0], 0))
@@ -102,7 +107,7 @@ def forward(x: Tensor, linears: list[Linear], dtype: torch.dtype) -> tuple[list[
         else:
             ts.append(fused[:, column : column + linear.rank])
             column += linear.rank
-    ys = [shaped(y, *lead, y.shape[-1]) for y in _outputs(rows, linears, ts, dtype)]
+    ys = [shaped(y, *lead, y.shape[-1]) for y in _outputs(rows, linears, ts, dtype, updated)]
     adapted = [t for linear, t in zip(linears, ts, strict=True) if linear.a is not None]
     if not adapted:
         return ys, None
@@ -110,9 +115,9 @@ def forward(x: Tensor, linears: list[Linear], dtype: torch.dtype) -> tuple[list[
     return ys, shaped(t, *lead, t.shape[-1])
 
 
-def _outputs(rows: Tensor, linears: list[Linear], ts: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+def _outputs(rows: Tensor, linears: list[Linear], ts: list[Tensor], dtype: torch.dtype, updated: bool) -> list[Tensor]:
     """y of each linear from its t; x is widened once for all linears that want it so, and quantized once."""
-    layouts = [linear.layout for linear in linears if linear.b is not None and not linear.layout.fp8]
+    layouts = [linear.layout for linear in linears if updated and linear.b is not None and not linear.layout.fp8]
     beside = widened.Widened(rows) if widened.serves(rows, layouts, dtype) else None
     quantized = fp8.quantize_rows(rows) if any(fp8.serves(rows, linear.layout) for linear in linears) else None
     ys = []
@@ -121,7 +126,7 @@ def _outputs(rows: Tensor, linears: list[Linear], ts: list[Tensor], dtype: torch
             ys.append(beside.product(linear.weight, linear.layout, linear.bias, t, linear.b, linear.scale))
             continue
         ys.append(product(rows, linear.weight, linear.layout, linear.bias, quantized))
-        if linear.b is not None:
+        if updated and linear.b is not None:
             add_product(ys[-1], t, linear.b.t().to(t.dtype), linear.scale)
     return ys
 

@@ -101,16 +101,21 @@ def linears(plan: str, tensors: list[Tensor], scales: list[float]) -> list[Linea
 
 @operator("weft::parallel_linears")
 def _parallel_linears(
-    x: Tensor, tensors: list[Tensor], plan: str, scales: list[float], dtype: torch.dtype
+    x: Tensor, tensors: list[Tensor], plan: str, scales: list[float], dtype: torch.dtype, updated: bool
 ) -> list[Tensor]:
-    """Every y, and last t for the backward if there is an adapter."""
+    """Every y, and last t for the backward if there is an adapter.
+
+    Unless ``updated``, y is without what the adapters add: who reads it adds that, and gives the gradients of the sums.
+    """
     with no_autocast(x):
-        ys, t = forward(x, linears(plan, tensors, scales), dtype)
+        ys, t = forward(x, linears(plan, tensors, scales), dtype, updated)
     return ys if t is None else [*ys, t]
 
 
 @_parallel_linears.register_fake
-def _(x: Tensor, tensors: list[Tensor], plan: str, scales: list[float], dtype: torch.dtype) -> list[Tensor]:
+def _(
+    x: Tensor, tensors: list[Tensor], plan: str, scales: list[float], dtype: torch.dtype, updated: bool
+) -> list[Tensor]:
     parts, lead = linears(plan, tensors, scales), x.shape[:-1]
     ys = [x.new_empty((*lead, part.layout.out_features)) for part in parts]
     if any(part.a is not None for part in parts):
@@ -150,7 +155,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, tensors, ctx.plan, ctx.scales, ctx.dtype = inputs
+    x, tensors, ctx.plan, ctx.scales, ctx.dtype, _ = inputs
     ctx.needs, ctx.z_dtypes = [x.requires_grad], []
     kept, slots, fixed, save_x, save_t = [], [], [], False, False
     for y, (slot, weight, bias, a, b, z) in zip(output, unflatten(ctx.plan, tensors, None), strict=False):
@@ -182,7 +187,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
         dw, dbias, da, db, dz = rest[5 * i : 5 * i + 5]
         flat += [dw, *[None] * (slot.tensors - 1), *([dbias] if slot.bias else ()), *([da, db] if slot.adapter else ())]
         flat += [None if dz is None else dz.to(kind)] if slot.z else []
-    return dx, flat, None, None, None
+    return dx, flat, None, None, None, None
 
 
 _parallel_linears.register_autograd(_backward, setup_context=_setup_context)
@@ -219,6 +224,40 @@ def parallel_linears(
     Raises:
         ValueError: the sequences differ in length, or a layout is malformed or has other in_features than x.
     """
+    operands = _operands(x, weights, layouts, biases, a, b, scales, x_adapters, adapter_dtype)
+    return tuple(_parallel_linears(*operands, True)[: len(weights)])
+
+
+def without_updates(
+    x: Tensor,
+    weights: Sequence[list[Tensor]],
+    layouts: Sequence[str],
+    biases: Sequence[Tensor | None] | None,
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    adapter_dtype: torch.dtype | None = None,
+) -> list[Tensor]:
+    """The products with the weights alone, and t of all adapters side by side; arguments as of :func:`parallel_linears`.
+
+    Their gradients are taken for those of the sums yᵢ + scaleᵢ · tᵢ · Bᵢᵀ, from which those of x, A, B and the weights follow:
+    for an operator that adds the updates itself.
+    """
+    return _parallel_linears(*_operands(x, weights, layouts, biases, a, b, scales, None, adapter_dtype), False)
+
+
+def _operands(
+    x: Tensor,
+    weights: Sequence[list[Tensor]],
+    layouts: Sequence[str],
+    biases: Sequence[Tensor | None] | None,
+    a: Sequence[Tensor | None] | None,
+    b: Sequence[Tensor | None] | None,
+    scales: Sequence[float] | None,
+    x_adapters: Sequence[Tensor | None] | None,
+    adapter_dtype: torch.dtype | None,
+) -> tuple[Tensor, list[Tensor], str, list[float], torch.dtype]:
+    """What the operator takes: x and other tensors, cast as autocast wants, whose they are, scales and the adapters' dtype."""
     none, dtype = [None] * len(weights), autocast_dtype(x)
     if dtype is not None:
         adapter_dtype, x = dtype, x.to(dtype)
@@ -231,5 +270,4 @@ def parallel_linears(
         slots.append(Slot(Layout.decode(layout), len(weight), present[0], present[1], present[3], present[3]))
         tensors += [*weight, *(v for v in optional if v is not None)]
     factors = [1.0] * len(weights) if scales is None else list(scales)
-    outputs = _parallel_linears(x, tensors, encode(tuple(slots)), factors, adapter_dtype or x.dtype)
-    return tuple(outputs[: len(weights)])
+    return x, tensors, encode(tuple(slots)), factors, adapter_dtype or x.dtype

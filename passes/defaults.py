@@ -12,6 +12,7 @@ from .common_subexpressions import CommonSubexpressions
 from .fix_widths import FixWidths
 from .fp8_products import Fp8Products
 from .functionalize import Functionalize
+from .gated_linears import FuseGatedLinears
 from .gated_mlp import FuseGatedMlp
 from .layer_norm import FuseLayerNorm
 from .linear_cross_entropy import FuseLinearCrossEntropy, Logits
@@ -55,5 +56,6 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer", products: P
         Rules("parallel_linears", (FuseParallelLinears(),)),
         *((Fp8Products(),) if products == "fp8" else ()),
         Rules("gated_mlp", (FuseGatedMlp(),)),
+        *((FuseGatedLinears(),) if mode == "train" else ()),
         Rules("linear_cross_entropy", (FuseLinearCrossEntropy(logits),)),
     )

@@ -107,10 +107,13 @@ def normalize(module: fx.GraphModule) -> None:
 
 
 def apply(module: fx.GraphModule, rules: Sequence[Any], verify: bool = False) -> Outcome:
-    """Run ``rules`` over the graph, normalized first."""
+    """Run ``rules`` over the graph, normalized first, then passes among them."""
     verifier: Verifier | None = Replayer() if verify else None
     normalize(module)
-    outcome = Rules("rules", tuple(rules)).run(module, verifier)
+    passes = [each for each in rules if hasattr(each, "run")]
+    outcome = Rules("rules", tuple(each for each in rules if each not in passes)).run(module, verifier)
+    for each in passes:
+        outcome.extend(each.run(module, verifier))
     module.graph.lint()
     module.recompile()
     return outcome

@@ -1,0 +1,247 @@
+"""The gate and up linears of a GLU feed-forward (arXiv:2002.05202) with their adapters (arXiv:2106.09685), and the activation.
+
+    gate' = gate + s · t · Bᵀ        up' likewise        y = a(gate') · up'
+
+gate and up are the products with the frozen weights, t = x · Aᵀ that of x with both adapters side by side. To add the update to
+a product is to read and to write it once more, 470 MB for 8192 × 14336 in 16 bits; here it is added where gate and up are read
+anyway, for the activation and for its gradients. It is never stored, and rounded with y alone.
+
+Saved for the backward: gate, up, t and B. What a gradient needs of x, A, B and the weights follows from dgate' and dup' as in
+:mod:`weft.kernels.parallel_linears`, which is where they go.
+"""
+
+# Pyright knows Triton's static arguments and tuples only as what they are outside of a kernel.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false, reportCallIssue=false
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import activations as A
+from . import gated_activation, parallel_linears
+from .dispatch import compute_dtype, use_triton
+from .operator import operator
+from .quant_linear import autocast_dtype
+from .rows import INTERPRETED
+from .toolchain import tl, triton
+
+ROWS, COLUMNS, WARPS = 64, 128, 8
+"""Tile of a program, and its warps."""
+LEAST_RANK = 16
+"""Columns of the matrix units' smallest operand."""
+SIXTEEN_BITS = (torch.bfloat16, torch.float16)
+
+
+def reference(
+    gate: Tensor, up: Tensor, t: Tensor, b_gate: Tensor, b_up: Tensor, scales: Sequence[float], activation: str
+) -> Tensor:
+    """The formula in plain differentiable torch; arguments as in :func:`gated_update`."""
+    x, u = _sums(gate, up, t, b_gate, b_up, scales, compute_dtype(gate))
+    return (A.ACTIVATION[activation](x) * u).to(gate.dtype)
+
+
+def _sums(
+    gate: Tensor, up: Tensor, t: Tensor, b_gate: Tensor, b_up: Tensor, scales: Sequence[float], wide: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """gate' and up' in ``wide``."""
+    parts = t.split([b_gate.shape[1], b_up.shape[1]], -1)
+    both = zip((gate, up), parts, (b_gate, b_up), scales, strict=True)
+    x, u = (y.to(wide) + part.to(wide) @ b.to(t.dtype).to(wide).t() * scale for y, part, b, scale in both)
+    return x, u
+
+
+@triton.jit
+def _updated(base, t, b, at, row, column, rows, columns, stride, scale, RANK: tl.constexpr, K: tl.constexpr):
+    """A tile of base + scale · t[:, at : at + RANK] · bᵀ, in float32."""
+    k = tl.arange(0, K)
+    left = tl.load(t + row * stride + at + k[None, :], mask=(row < rows) & (k[None, :] < RANK), other=0.0)
+    right = tl.load(b + column * RANK + k[:, None], mask=(column < columns) & (k[:, None] < RANK), other=0.0)
+    right = right.to(left.dtype)
+    if INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    y = tl.load(base + row * columns + column, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32)
+    return y + scale * tl.dot(left, right)
+
+
+@triton.jit
+def _place(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows (ROWS, 1) and columns (1, COLUMNS) of this program's tile."""
+    program = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(columns, COLUMNS)
+    row = program // across * ROWS + tl.arange(0, ROWS)[:, None]
+    return row, program % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+
+
+@triton.jit
+def _forward(
+    gate, up, t, b_gate, b_up, out, rows, columns, stride, scale_gate, scale_up,
+    ACTIVATION: tl.constexpr, RANK: tl.constexpr, RANK_UP: tl.constexpr, K: tl.constexpr, K_UP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column = _place(columns, ROWS, COLUMNS)
+    x = _updated(gate, t, b_gate, 0, row, column, rows, columns, stride, scale_gate, RANK, K)
+    u = _updated(up, t, b_up, RANK, row, column, rows, columns, stride, scale_up, RANK_UP, K_UP)
+    y, _ = A.curve(x, x, ACTIVATION)
+    tl.store(out + row * columns + column, y * u, mask=(row < rows) & (column < columns))
+
+
+@triton.jit
+def _backward(
+    grad, gate, up, t, b_gate, b_up, dgate, dup, rows, columns, stride, scale_gate, scale_up,
+    ACTIVATION: tl.constexpr, RANK: tl.constexpr, RANK_UP: tl.constexpr, K: tl.constexpr, K_UP: tl.constexpr,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row, column = _place(columns, ROWS, COLUMNS)
+    x = _updated(gate, t, b_gate, 0, row, column, rows, columns, stride, scale_gate, RANK, K)
+    u = _updated(up, t, b_up, RANK, row, column, rows, columns, stride, scale_up, RANK_UP, K_UP)
+    there, mask = row * columns + column, (row < rows) & (column < columns)
+    d = tl.load(grad + there, mask=mask, other=0.0).to(tl.float32)
+    y, dx = A.curve(x, d * u, ACTIVATION)
+    tl.store(dgate + there, dx, mask=mask)
+    tl.store(dup + there, d * y, mask=mask)
+
+
+def _launch(
+    kernel: Any, tensors: list[Tensor], t: Tensor, b: list[Tensor], out: list[Tensor], scales: Any, activation: str
+) -> None:
+    """Run ``kernel`` over matrices of one shape; ``tensors`` end with gate and up."""
+    matrices = [x.contiguous() for x in tensors]
+    columns = out[0].shape[-1]
+    rows, flat = out[0].numel() // columns, t.reshape(-1, t.shape[-1])
+    ranks = [each.shape[1] for each in b]
+    padded = [max(triton.next_power_of_2(rank), LEAST_RANK) for rank in ranks]
+    flat = flat if flat.stride(1) == 1 else flat.contiguous()
+    grid = (triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),)
+    sizes = {"RANK": ranks[0], "RANK_UP": ranks[1], "K": padded[0], "K_UP": padded[1]}
+    with torch.cuda.device_of(out[0]):
+        kernel[grid](
+            *matrices, flat, *(each.contiguous() for each in b), *out, rows, columns, flat.stride(0), *scales,
+            ACTIVATION=activation, ROWS=ROWS, COLUMNS=COLUMNS, num_warps=WARPS, **sizes,
+        )  # fmt: skip
+
+
+@operator("weft::gated_update")
+def _gated_update(
+    gate: Tensor, up: Tensor, t: Tensor, b_gate: Tensor, b_up: Tensor, scales: list[float], activation: str
+) -> Tensor:
+    if not _on_triton(gate, t):
+        return reference(gate, up, t, b_gate, b_up, scales, activation)
+    out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if out.numel():
+        _launch(_forward, [gate, up], t, [b_gate, b_up], [out], scales, activation)
+    return out
+
+
+@_gated_update.register_fake
+def _(gate: Tensor, up: Tensor, t: Tensor, b_gate: Tensor, b_up: Tensor, scales: Any, activation: str) -> Tensor:
+    return gate.new_empty(gate.shape)
+
+
+@operator("weft::gated_update_backward")
+def _gated_update_backward(
+    grad: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    t: Tensor,
+    b_gate: Tensor,
+    b_up: Tensor,
+    scales: list[float],
+    activation: str,
+) -> tuple[Tensor, Tensor]:
+    """dgate' and dup'."""
+    if not _on_triton(gate, t):
+        x, u = _sums(gate, up, t, b_gate, b_up, scales, compute_dtype(gate))
+        dup = A.ACTIVATION[activation](x).mul_(grad).to(gate.dtype)
+        return A.CHAIN[activation](grad * u, x).to(gate.dtype), dup
+    dgate, dup = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (gate, up))
+    if grad.numel():
+        _launch(_backward, [grad, gate, up], t, [b_gate, b_up], [dgate, dup], scales, activation)
+    return dgate, dup
+
+
+@_gated_update_backward.register_fake
+def _(
+    grad: Tensor, gate: Tensor, up: Tensor, t: Tensor, b_gate: Tensor, b_up: Tensor, scales: Any, activation: str
+) -> tuple[Tensor, Tensor]:
+    return gate.new_empty(gate.shape), up.new_empty(up.shape)
+
+
+def _on_triton(gate: Tensor, t: Tensor) -> bool:
+    return use_triton(gate) and gate.dtype in SIXTEEN_BITS and t.dtype == gate.dtype
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.scales, ctx.activation = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    dgate, dup = _gated_update_backward(grad, *ctx.saved_tensors, ctx.scales, ctx.activation)
+    return dgate, dup, None, None, None, None, None
+
+
+_gated_update.register_autograd(_gradients, setup_context=_setup_context)
+
+
+def gated_update(
+    gate: Tensor, up: Tensor, t: Tensor, b_gate: Tensor, b_up: Tensor, scales: Sequence[float], activation: str
+) -> Tensor:
+    """a(gate + s · t · Bᵀ) · (up + s · t · Bᵀ); its gradients are those of gate and up alone, and not of t and B.
+
+    Args:
+        gate, up: (..., F), of one shape and floating-point dtype.
+        t: (..., rank of gate + rank of up): x · Aᵀ of both adapters side by side. It and B are rounded to its dtype.
+        b_gate, b_up: (F, rank), any floating-point dtype.
+        scales: factor of each update.
+        activation: one of :data:`weft.kernels.gated_activation.ACTIVATIONS`.
+
+    Returns:
+        (..., F), contiguous, in gate's dtype.
+    """
+    return _gated_update(gate, up, t, b_gate, b_up, list(scales), activation)
+
+
+def serves(x: Tensor, adapter_dtype: torch.dtype | None) -> bool:
+    """Whether updates wait for the activation: of adapters that compute in x's 16 bits, or autocast's, on a GPU."""
+    cast = autocast_dtype(x)
+    dtypes = {cast} if cast is not None else {x.dtype, adapter_dtype or x.dtype}
+    return use_triton(x) and len(dtypes) == 1 and dtypes <= set(SIXTEEN_BITS)
+
+
+def gated_linears(
+    x: Tensor,
+    weights: Sequence[list[Tensor]],
+    layouts: Sequence[str],
+    biases: Sequence[Tensor | None],
+    a: Sequence[Tensor],
+    b: Sequence[Tensor],
+    scales: Sequence[float],
+    activation: str,
+    *,
+    adapter_dtype: torch.dtype | None = None,
+) -> Tensor:
+    """gated_activation(*parallel_linears(x, …), activation) of two linears with adapters, gate's first.
+
+    Where :func:`serves` says no, it is just that.
+
+    Args:
+        x: (..., in_features); all others as in :func:`weft.kernels.parallel_linears.parallel_linears`, two of each.
+        activation: one of :data:`weft.kernels.gated_activation.ACTIVATIONS`.
+
+    Returns:
+        (..., out_features), in the dtype of the linears' results.
+
+    Raises:
+        ValueError: as those two.
+    """
+    if not serves(x, adapter_dtype):
+        both = parallel_linears.parallel_linears(
+            x, weights, layouts, biases, a, b, scales, adapter_dtype=adapter_dtype
+        )  # fmt: skip
+        return gated_activation.gated_activation(*both, activation)
+    gate, up, t = parallel_linears.without_updates(x, weights, layouts, biases, a, b, scales, adapter_dtype)
+    return gated_update(gate, up, t, *b, scales, activation)
