@@ -36,6 +36,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     what.add_argument("--save", action="store_true", help="only write the model that some arms load")
     parser.add_argument("--out", help="result file of --interleave")
     parser.add_argument("--rounds", type=int, default=1, help="how often --interleave runs each arm")
+    parser.add_argument("--ceilings-of", help="--interleave: a result file of the same machine and hour that has them")
     parser.add_argument("--together", action="store_true", help="--interleave: all arms are there at once")
     parser.add_argument(
         "--in-turns", action="store_true", help="--arm: time steps whenever a line is read, until there is none"

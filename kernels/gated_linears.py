@@ -29,7 +29,7 @@ from .quant_linear import autocast_dtype
 from .rows import INTERPRETED
 from .toolchain import tl, triton
 
-ROWS, COLUMNS, WARPS = 64, 128, 8
+ROWS, COLUMNS, WARPS = 32, 128, 4
 """Tile of a program, and its warps."""
 LEAST_RANK = 16
 """Columns of the matrix units' smallest operand."""
@@ -55,25 +55,23 @@ def _sums(
 
 
 @triton.jit
-def _updated(base, t, b, at, row, column, rows, columns, stride, scale, RANK: tl.constexpr, K: tl.constexpr):
-    """A tile of base + scale · t[:, at : at + RANK] · bᵀ, in float32."""
-    k = tl.arange(0, K)
-    left = tl.load(t + row * stride + at + k[None, :], mask=(row < rows) & (k[None, :] < RANK), other=0.0)
-    right = tl.load(b + column * RANK + k[:, None], mask=(column < columns) & (k[:, None] < RANK), other=0.0)
-    right = right.to(left.dtype)
-    if INTERPRETED:
-        left, right = left.to(tl.float32), right.to(tl.float32)
-    y = tl.load(base + row * columns + column, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32)
-    return y + scale * tl.dot(left, right)
+def _tile(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """Rows (ROWS,) and columns (COLUMNS,) of this program's tile."""
+    program = tl.program_id(0).to(tl.int64)
+    across = tl.cdiv(columns, COLUMNS)
+    return program // across * ROWS + tl.arange(0, ROWS), program % across * COLUMNS + tl.arange(0, COLUMNS)
 
 
 @triton.jit
-def _place(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows (ROWS, 1) and columns (1, COLUMNS) of this program's tile."""
-    program = tl.program_id(0).to(tl.int64)
-    across = tl.cdiv(columns, COLUMNS)
-    row = program // across * ROWS + tl.arange(0, ROWS)[:, None]
-    return row, program % across * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+def _update(t, b, at, row, column, rows, columns, stride, scale, RANK: tl.constexpr, K: tl.constexpr):
+    """A tile of scale · t[:, at : at + RANK] · bᵀ in float32. B is read as it lies: its rows are short, and side by side."""
+    k = tl.arange(0, K)[None, :]
+    left = tl.load(t + row[:, None] * stride + at + k, mask=(row < rows)[:, None] & (k < RANK), other=0.0)
+    right = tl.load(b + column[:, None] * RANK + k, mask=(column < columns)[:, None] & (k < RANK), other=0.0)
+    right = tl.trans(right.to(left.dtype))
+    if INTERPRETED:
+        left, right = left.to(tl.float32), right.to(tl.float32)
+    return scale * tl.dot(left, right)
 
 
 @triton.jit
@@ -82,11 +80,14 @@ def _forward(
     ACTIVATION: tl.constexpr, RANK: tl.constexpr, RANK_UP: tl.constexpr, K: tl.constexpr, K_UP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, column = _place(columns, ROWS, COLUMNS)
-    x = _updated(gate, t, b_gate, 0, row, column, rows, columns, stride, scale_gate, RANK, K)
-    u = _updated(up, t, b_up, RANK, row, column, rows, columns, stride, scale_up, RANK_UP, K_UP)
+    row, column = _tile(columns, ROWS, COLUMNS)
+    there, mask = row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)[None, :]
+    # the large reads first: what the matrix units wait for in the meantime is in a cache
+    x, u = tl.load(gate + there, mask=mask, other=0.0), tl.load(up + there, mask=mask, other=0.0)
+    x = x.to(tl.float32) + _update(t, b_gate, 0, row, column, rows, columns, stride, scale_gate, RANK, K)
+    u = u.to(tl.float32) + _update(t, b_up, RANK, row, column, rows, columns, stride, scale_up, RANK_UP, K_UP)
     y, _ = A.curve(x, x, ACTIVATION)
-    tl.store(out + row * columns + column, y * u, mask=(row < rows) & (column < columns))
+    tl.store(out + there, y * u, mask=mask)
 
 
 @triton.jit
@@ -95,11 +96,12 @@ def _backward(
     ACTIVATION: tl.constexpr, RANK: tl.constexpr, RANK_UP: tl.constexpr, K: tl.constexpr, K_UP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, column = _place(columns, ROWS, COLUMNS)
-    x = _updated(gate, t, b_gate, 0, row, column, rows, columns, stride, scale_gate, RANK, K)
-    u = _updated(up, t, b_up, RANK, row, column, rows, columns, stride, scale_up, RANK_UP, K_UP)
-    there, mask = row * columns + column, (row < rows) & (column < columns)
+    row, column = _tile(columns, ROWS, COLUMNS)
+    there, mask = row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)[None, :]
+    x, u = tl.load(gate + there, mask=mask, other=0.0), tl.load(up + there, mask=mask, other=0.0)
     d = tl.load(grad + there, mask=mask, other=0.0).to(tl.float32)
+    x = x.to(tl.float32) + _update(t, b_gate, 0, row, column, rows, columns, stride, scale_gate, RANK, K)
+    u = u.to(tl.float32) + _update(t, b_up, RANK, row, column, rows, columns, stride, scale_up, RANK_UP, K_UP)
     y, dx = A.curve(x, d * u, ACTIVATION)
     tl.store(dgate + there, dx, mask=mask)
     tl.store(dup + there, d * y, mask=mask)

@@ -200,7 +200,7 @@ def test_large_copies_take_turns_with_small_ones() -> None:
     near = [Option(None, 100, 0.0), Option(frozenset(), 0, 1.0, 10, copy=1.0)]
     block = costs(near, [Option(None, 0, 0.0, 60, True, 6.0)], forward=4.0)
     blocks = [block] * 9
-    placement = options_within(blocks, 180, 1000)
+    placement = options_within(blocks, 240, 1000)
     alone = [Placement([next(o for o in block.options if o.host_bytes == n)] * 9, 2) for n in (10, 60)]
     assert {10, 60} <= {o.host_bytes for o in placement.options[:-1]}
     assert placement.seconds(blocks) < min(each.seconds(blocks) for each in alone)
