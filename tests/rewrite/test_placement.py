@@ -197,7 +197,7 @@ def test_equal_options_stand_apart() -> None:
 
 def test_large_copies_take_turns_with_small_ones() -> None:
     """A block that sends more away than its forward hides, beside one that sends little: no waiting, and more saved."""
-    near = [Option(None, 100, 0.0), Option(frozenset(), 0, 1.0, 10, copy=1.0)]
+    near = [Option(None, 300, 0.0), Option(frozenset(), 0, 1.0, 10, copy=1.0)]
     block = costs(near, [Option(None, 0, 0.0, 60, True, 6.0)], forward=4.0)
     blocks = [block] * 9
     placement = options_within(blocks, 240, 1000)
