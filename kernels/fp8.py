@@ -145,7 +145,7 @@ def _e4m3(value, reciprocal):
     return code
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _quantize_rows(
     x, out, scales, stride, rows, cols, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr, INDEX: tl.constexpr
 ):

@@ -74,7 +74,7 @@ def _update(t, b, at, row, column, rows, columns, stride, scale, RANK: tl.conste
     return scale * tl.dot(left, right)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     gate, up, t, b_gate, b_up, out, rows, columns, stride, scale_gate, scale_up,
     ACTIVATION: tl.constexpr, RANK: tl.constexpr, RANK_UP: tl.constexpr, K: tl.constexpr, K_UP: tl.constexpr,
@@ -90,7 +90,7 @@ def _forward(
     tl.store(out + there, y * u, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     grad, gate, up, t, b_gate, b_up, dgate, dup, rows, columns, stride, scale_gate, scale_up,
     ACTIVATION: tl.constexpr, RANK: tl.constexpr, RANK_UP: tl.constexpr, K: tl.constexpr, K_UP: tl.constexpr,

@@ -45,7 +45,7 @@ def reference(
     return y.to(dtype or x.dtype)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     x, y, mu, r, weight, bias, sizes, x_strides, y_strides, mu_strides, r_strides, rows, cols, eps, offset,
     HAS_WEIGHT: tl.constexpr, HAS_BIAS: tl.constexpr, WHOLE: tl.constexpr,
@@ -82,7 +82,7 @@ def _forward(
         R.store(y, y_strides, row, rows, start + col, cols, result)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     x, grad, mu, r, dx, weight, partial, sizes, x_strides, grad_strides, mu_strides, r_strides, dx_strides,
     rows, cols, offset, HAS_WEIGHT: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,

@@ -36,7 +36,7 @@ def reference(
     return norm.reference(h, weight, eps, offset=offset, eps_mode=eps_mode, dtype=dtype), h
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     x, residual, h, y, r, weight, sizes, x_strides, residual_strides, h_strides, y_strides, r_strides,
     rows, cols, eps, offset, MODE: tl.constexpr, HAS_WEIGHT: tl.constexpr, WHOLE: tl.constexpr,

@@ -76,7 +76,7 @@ def slope(r, eps, MODE: tl.constexpr):
     return one
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _forward(
     x, y, r, weight, sizes, x_strides, y_strides, r_strides, rows, cols, eps, offset,
     MODE: tl.constexpr, HAS_WEIGHT: tl.constexpr, WHOLE: tl.constexpr,
@@ -102,7 +102,7 @@ def _forward(
         R.store(y, y_strides, row, rows, start + col, cols, value * scale[:, None] * factor)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["rows"])
 def _backward(
     x, grad, r, extra, dx, weight, partial, sizes,
     x_strides, grad_strides, r_strides, extra_strides, dx_strides, rows, cols, eps, offset,

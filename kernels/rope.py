@@ -131,23 +131,24 @@ def _finish(
         tl.store(target + (2 * HALF + lane) * target_step, rest, mask=live & (lane < REST))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "inner_size"])
 def _kernel(
     q, q_out, k, k_out, cos, sin, q_strides, q_out_strides, k_strides, k_out_strides, cos_strides, sin_strides,
-    q_heads, k_heads, tokens, inner_size, steps,
+    q_heads, k_heads, tokens, inner_size, steps, direction,
     HALF: tl.constexpr, FAR: tl.constexpr, REST: tl.constexpr, ADJACENT: tl.constexpr, ADJACENT_ENTRIES: tl.constexpr,
-    TRANSPOSED: tl.constexpr, TOKENS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
+    TOKENS: tl.constexpr, Q_HEADS: tl.constexpr, K_HEADS: tl.constexpr,
     PAIRS: tl.constexpr, LANES: tl.constexpr, INDEX: tl.constexpr,
 ):  # fmt: skip
-    """All heads of some tokens. Every step reads its heads of q and of k before it turns either."""
+    """All heads of some tokens, turned back if ``direction`` is negative. Every step reads its heads of q and of k before it
+    turns either."""
     token = (tl.program_id(0).to(INDEX) * TOKENS + tl.arange(0, TOKENS))[:, None, None]
     outer, inner, there = (token // inner_size).to(tl.int64), (token % inner_size).to(tl.int64), token < tokens
     cos += outer * cos_strides[0] + inner * cos_strides[1]
     sin += outer * sin_strides[0] + inner * sin_strides[1]
     cos_a, cos_b = _load(cos, cos_strides[3], there, HALF, FAR, ADJACENT_ENTRIES, PAIRS)  # pyright: ignore
     sin_a, sin_b = _load(sin, sin_strides[3], there, HALF, FAR, ADJACENT_ENTRIES, PAIRS)
-    if TRANSPOSED:
-        sin_a, sin_b = -sin_b, -sin_a
+    # not a constant: forward and backward are one kernel to compile
+    sin_a, sin_b = tl.where(direction < 0, -sin_b, sin_a), tl.where(direction < 0, -sin_a, sin_b)
     for step in range(steps):
         head = (step * Q_HEADS + tl.arange(0, Q_HEADS)).to(tl.int64)[None, :, None]
         source, target = _start(q, q_strides, outer, inner, head), _start(q_out, q_out_strides, outer, inner, head)
@@ -194,9 +195,9 @@ def _launch(
     kernel: Any = _kernel
     with torch.cuda.device_of(cos):
         kernel[(triton.cdiv(count, tokens),)](
-            *tensors, *(t.stride() for t in tensors), q_heads, k_heads, count, cos.shape[1], steps,
+            *tensors, *(t.stride() for t in tensors), q_heads, k_heads, count, cos.shape[1], steps, -1.0 if transposed else 1.0,
             HALF=half, FAR=half if full else 0, REST=rest,
-            ADJACENT=interleaved, ADJACENT_ENTRIES=interleaved and full, TRANSPOSED=transposed,
+            ADJACENT=interleaved, ADJACENT_ENTRIES=interleaved and full,
             TOKENS=tokens, Q_HEADS=q_block, K_HEADS=k_block, PAIRS=pairs, LANES=triton.next_power_of_2(max(rest, 1)),
             INDEX=tl.int32 if count < 2**30 else tl.int64, num_warps=WARPS,
         )  # fmt: skip
