@@ -234,8 +234,10 @@ class StepMemory:
 
     def saved_here(self, result: Any) -> None:
         """``result`` comes from a block that has nothing in the host's memory."""
+        if self._store is None:
+            return
         tensor = activation(result if isinstance(result, tuple | list) else [result])
-        if self._store is not None and tensor is not None:
+        if tensor is not None:
             self._store.before(tensor)
 
 

@@ -147,16 +147,15 @@ def options_within(blocks: Sequence[BlockCosts], room: int | None, host: int, sp
     narrow = Placement(choose_options([b.narrow for b in blocks], room or 0))
     if room is None or not host or not any(o.all_away for b in blocks for o in b.options):
         return narrow
-    found = [
-        each for ahead in AHEAD for each in _candidates(blocks, room, spare, ahead) if each.fits(room, host, spare)
-    ]
+    tried = {(ahead, *map(id, p.options)): p for ahead in AHEAD for p in _candidates(blocks, room, spare, ahead)}
+    found = [each for each in tried.values() if each.fits(room, host, spare)]
     found += [narrow] if not found or narrow.fits(room, host, spare) else []
     best = min(found, key=lambda each: each.seconds(blocks))
+    seconds = best.seconds(blocks)
     for other in [each for each in found if each.lean_seconds < best.lean_seconds]:
-        for share in range(1, MIXTURES):
-            mixed = best.mixed(other, share / MIXTURES)
-            if mixed.fits(room, host, spare) and mixed.seconds(blocks) < best.seconds(blocks):
-                best = mixed
+        for mixed in [best.mixed(other, share / MIXTURES) for share in range(1, MIXTURES)]:
+            if mixed.lean_seconds < seconds and mixed.fits(room, host, spare) and mixed.seconds(blocks) < seconds:
+                best, seconds = mixed, mixed.seconds(blocks)
     return Placement([*best.options[:-1], narrow.options[-1]], best.ahead)
 
 
