@@ -276,7 +276,7 @@ def test_opcheck(name: Backend, layout: Layout) -> None:
     with backend(name):
         torch.library.opcheck(ops.lora_linear.default, (given_["x"], weight, layout.encode(), None, *rest))
         plan = parallel_linears.encode((slot,))
-        torch.library.opcheck(ops.parallel_linears.default, (given_["x"], weight, plan, [1.0], torch.float32))
+        torch.library.opcheck(ops.parallel_linears.default, (given_["x"], weight, plan, [1.0], torch.float32, True))
         if layout.is_4bit:
             torch.library.opcheck(ops.quant_linear.default, (given_["x"], weight, layout.encode(), None))
 

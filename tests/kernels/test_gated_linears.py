@@ -145,6 +145,18 @@ def test_where_it_does_not_serve_it_is_the_two_calls(dtype: torch.dtype, adapter
         assert torch.equal(ours, gated_activation.gated_activation(*two, "silu"))
 
 
+def test_products_in_fp8_take_their_updates_there_too() -> None:
+    inputs = operands(torch.bfloat16, 40) | {"layouts": [Layout("rows", 48, 32, fp8=True).encode()] * 2}
+    pairs = {k: v for k, v in inputs.items() if k != "activation"}
+    with backend("triton"):
+        y = gated_linears(**inputs)
+        two = gated_activation.gated_activation(*parallel_linears.parallel_linears(**pairs), "silu")
+        grads = [torch.autograd.grad(each.float().square().sum(), leaves(inputs)) for each in (y, two)]
+    assert "gated_update" in type(y.grad_fn).__name__
+    for found, then in zip((y, *grads[0]), (two, *grads[1]), strict=True):
+        assert (found - then).abs().max() <= 0.02 * then.abs().max()
+
+
 def test_under_autocast_float32_adapters_ride_along() -> None:
     inputs = operands(torch.float32)
     with torch.autocast(DEVICE, torch.bfloat16), backend("triton"):
