@@ -60,7 +60,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--shape", default="llama8b", choices=list(SHAPES))
     parser.add_argument("--layers", type=int)
     parser.add_argument("--limit", type=float, default=240, help="seconds for one arm at all lengths")
-    parser.add_argument("--warmup", type=int, default=2, help="steps before the two timed ones of each length")
+    parser.add_argument("--warmup", type=int, default=4, help="steps before the two timed ones of each length")
     parser.add_argument("--models", default="")
     parser.set_defaults(batch=1, length=None, memory="", steps=2, checkpointing=True, verify=False, in_turns=False)
     return parser.parse_args()

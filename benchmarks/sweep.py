@@ -31,6 +31,7 @@ from weft.kernels.dispatch import INTERPRETED, backend
 from .ceilings import copy_bandwidth
 from .environment import write
 from .kernel_case import Draw, Sizes
+from .sweep_gated import gated_updates
 from .sweep_variants import Group, Variant, groups
 from .timing import measure, rotation
 
@@ -76,7 +77,9 @@ def problem(group: Group, variant: Variant, inputs: Mapping[str, Any], exact: li
 def chosen(options: argparse.Namespace) -> list[tuple[Group, list[Variant]]]:
     """The groups that the command line asks for."""
     sizes = TINY if options.tiny else Sizes()
-    every = [g for g in groups(sizes) if not options.only or g.name.startswith(tuple(options.only))]
+    every = [
+        g for g in [*groups(sizes), *gated_updates(sizes)] if not options.only or g.name.startswith(tuple(options.only))
+    ]
     return [(group, list(group.variants)) for group in every]
 
 
