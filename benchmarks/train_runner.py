@@ -85,7 +85,7 @@ class Started:
     """An arm in a fresh process, with compiler caches of its own, whose output is read as it comes."""
 
     def __init__(self, arm: str, given: argparse.Namespace, caches: Path, *options: str) -> None:
-        self.arm, self.limit = arm, given.limit
+        self.arm, self.limit, self.began = arm, given.limit, time.monotonic()
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
             _command([*_arm_arguments(arm, given), *options]), env=_environment(_caches(caches)), text=True,
@@ -96,8 +96,9 @@ class Started:
 
     @contextmanager
     def limited(self) -> Iterator[None]:
-        """It is ended if this takes longer than the limit."""
-        timer = threading.Timer(self.limit, self.process.kill)
+        """It is ended if this takes longer than the limit, counted from when it began, or was last heard of."""
+        left = self.limit - (time.monotonic() - self.began)
+        timer = threading.Timer(max(left, 0.0), self.process.kill)
         timer.start()
         try:
             yield
@@ -106,7 +107,6 @@ class Started:
 
     def results(self) -> Iterator[dict[str, Any]]:
         """Its results within the limit, each as it comes; then how it failed, if it did."""
-        began = time.monotonic()
         try:
             with self.limited():
                 yield from (_parsed(line) for line in self.lines if line.startswith(PREFIX))
@@ -114,7 +114,7 @@ class Started:
         finally:
             self.process.kill()
         if status:
-            late = time.monotonic() - began >= self.limit
+            late = time.monotonic() - self.began >= self.limit
             why = f"not finished after {self.limit:g} s" if late else f"exit status {status}"
             yield {"failed": why, "output": self.written()[-2000:]}
 
@@ -135,6 +135,7 @@ class Waiting(Started):
     def turn(self) -> bool:
         """Its timed steps."""
         assert self.process.stdin is not None
+        self.began = time.monotonic()
         print(file=self.process.stdin, flush=True)
         return self.wait()
 
