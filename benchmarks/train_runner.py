@@ -64,7 +64,7 @@ Found = Iterator[tuple[str, dict[str, Any]]]
 def in_turn(arms: Sequence[str], given: argparse.Namespace, caches: Path) -> Found:
     """One arm after the other, each in a process that has ended when the next one begins."""
     for arm in [arm for _ in range(given.rounds) for arm in arms]:
-        yield arm, run(arm, given, caches / arm)
+        yield arm, Started(arm, given, caches / arm).last()
 
 
 def together(arms: Sequence[str], given: argparse.Namespace, caches: Path) -> Found:
@@ -85,7 +85,7 @@ class Started:
     """An arm in a fresh process, with compiler caches of its own, whose output is read as it comes."""
 
     def __init__(self, arm: str, given: argparse.Namespace, caches: Path, *options: str) -> None:
-        self.arm, self.limit, self.began = arm, given.limit, time.monotonic()
+        self.arm, self.limit, self.began, self.late = arm, given.limit, time.monotonic(), False
         self.errors = tempfile.TemporaryFile("w+")  # noqa: SIM115 (as long as the process)
         self.process = subprocess.Popen(
             _command([*_arm_arguments(arm, given), *options]), env=_environment(_caches(caches)), text=True,
@@ -98,12 +98,16 @@ class Started:
     def limited(self) -> Iterator[None]:
         """It is ended if this takes longer than the limit, counted from when it began, or was last heard of."""
         left = self.limit - (time.monotonic() - self.began)
-        timer = threading.Timer(max(left, 0.0), self.process.kill)
+        timer = threading.Timer(max(left, 0.0), self._expire)
         timer.start()
         try:
             yield
         finally:
             timer.cancel()
+
+    def _expire(self) -> None:
+        self.late = True
+        self.process.kill()
 
     def results(self) -> Iterator[dict[str, Any]]:
         """Its results within the limit, each as it comes; then how it failed, if it did."""
@@ -114,14 +118,18 @@ class Started:
         finally:
             self.process.kill()
         if status:
-            late = time.monotonic() - self.began >= self.limit
-            why = f"not finished after {self.limit:g} s" if late else f"exit status {status}"
-            yield {"failed": why, "output": self.written()[-2000:]}
+            why = f"not finished after {self.limit:g} s" if self.late else f"exit status {status}"
+            yield {"failed": why, "output": self._written()}
 
-    def written(self) -> str:
-        """What it has written to stderr."""
+    def last(self) -> dict[str, Any]:
+        """Its last result, or how it failed."""
+        found = list(self.results())
+        return found[-1] if found else {"failed": "no result", "output": self._written()}
+
+    def _written(self) -> str:
+        """The end of what it has written to stderr."""
         self.errors.seek(0)
-        return self.errors.read()
+        return self.errors.read()[-3000:]
 
 
 class Waiting(Started):
@@ -140,15 +148,10 @@ class Waiting(Started):
         return self.wait()
 
     def end(self) -> dict[str, Any]:
-        """Its result."""
-        try:
-            rest, _ = self.process.communicate(timeout=self.limit)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            rest, _ = self.process.communicate()
-        if self.process.returncode:
-            return {"failed": f"exit status {self.process.returncode}", "output": self.written()[-3000:]}
-        return _result(rest, self.written())
+        """Its result: without more lines to read it ends."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        return self.last()
 
 
 def save_models(arms: Sequence[str], given: argparse.Namespace) -> None:
@@ -157,28 +160,12 @@ def save_models(arms: Sequence[str], given: argparse.Namespace) -> None:
         _python(["benchmarks.train_step", "--save", *_options(given)], given.limit, stderr=None)
 
 
-def run(arm: str, given: argparse.Namespace, caches: Path) -> dict[str, Any]:
-    """One arm in a fresh process, with compiler caches of its own: no arm finds what another has compiled."""
-    try:
-        finished = _python(_arm_arguments(arm, given), given.limit, _caches(caches))
-    except subprocess.CalledProcessError as error:
-        return {"failed": f"exit status {error.returncode}", "output": (error.stdout + error.stderr)[-3000:]}
-    except subprocess.TimeoutExpired as error:
-        return {"failed": f"not finished after {given.limit:g} s", "output": _text(error.stderr)[-3000:]}
-    return _result(finished.stdout, finished.stderr)
-
-
 def _arm_arguments(arm: str, given: argparse.Namespace) -> list[str]:
     return ["benchmarks.train_step", "--arm", arm, *_options(given), *([] if given.verify else ["--no-verify"])]
 
 
 def _caches(folder: Path) -> dict[str, str]:
     return {"TORCHINDUCTOR_CACHE_DIR": str(folder / "inductor"), "TRITON_CACHE_DIR": str(folder / "triton")}
-
-
-def _result(output: str, errors: str) -> dict[str, Any]:
-    lines = [line for line in output.splitlines() if line.startswith(PREFIX)]
-    return _parsed(lines[-1]) if lines else {"failed": "no result", "output": errors[-3000:]}
 
 
 def _parsed(line: str) -> dict[str, Any]:
@@ -214,10 +201,6 @@ def _environment(extra: Mapping[str, str]) -> dict[str, str]:
         "UNSLOTH_DISABLE_STATISTICS": "1",
     }  # fmt: skip
     return {**os.environ, **quiet, **extra}
-
-
-def _text(output: str | bytes | None) -> str:
-    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
 
 
 def _last_line(finished: Finished) -> str:

@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from dataclasses import fields
 
 from .arm_settings import ARMS, SHAPES, Setting, missing
 
@@ -61,20 +62,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
 
 def setting_of(given: argparse.Namespace, arm: str) -> Setting:
     """The setting of one arm on a command line."""
-    fields = (
-        "shape",
-        "layers",
-        "batch",
-        "length",
-        "steps",
-        "warmup",
-        "checkpointing",
-        "memory",
-        "verify",
-        "models",
-        "in_turns",
-    )
-    return Setting(arm, **{name: getattr(given, name) for name in fields})
+    return Setting(arm, **{f.name: getattr(given, f.name) for f in fields(Setting) if f.name != "arm"})
 
 
 def main() -> int:
