@@ -47,7 +47,7 @@ def _halves(packed: Tensor, gate_first: bool, interleaved: bool) -> tuple[Tensor
 
 
 @triton.jit
-def _place(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def place(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Rows (ROWS, 1) and first column of this program's tile."""
     program = tl.program_id(0).to(tl.int64)
     across = tl.cdiv(columns, COLUMNS)
@@ -55,13 +55,15 @@ def _place(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
 
 
 @triton.jit
-def _load(start, stride, row, first, rows, columns, WIDTH: tl.constexpr):
+def load(start, stride, row, first, rows, columns, WIDTH: tl.constexpr):
+    """A tile in float32; 0 outside of the matrix."""
     column = first + tl.arange(0, WIDTH)[None, :]
     return tl.load(start + row * stride + column, mask=(row < rows) & (column < columns), other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _store(start, stride, row, first, rows, columns, value, WIDTH: tl.constexpr):
+def store(start, stride, row, first, rows, columns, value, WIDTH: tl.constexpr):
+    """Write what :func:`load` reads."""
     column = first + tl.arange(0, WIDTH)[None, :]
     tl.store(start + row * stride + column, value, mask=(row < rows) & (column < columns))
 
@@ -70,10 +72,10 @@ def _store(start, stride, row, first, rows, columns, value, WIDTH: tl.constexpr)
 def _load_pair(gate, up, strides, row, first, rows, columns, ORDER: tl.constexpr, COLUMNS: tl.constexpr):
     """gate and up. Interleaved ones are read as they lie and split in registers: strided reads would cost twice."""
     if ORDER == "apart":
-        x = _load(gate, strides[0], row, first, rows, columns, COLUMNS)
-        u = _load(up, strides[1], row, first, rows, columns, COLUMNS)
+        x = load(gate, strides[0], row, first, rows, columns, COLUMNS)
+        u = load(up, strides[1], row, first, rows, columns, COLUMNS)
     else:
-        both = _load(gate, strides[0], row, 2 * first, rows, 2 * columns, 2 * COLUMNS)
+        both = load(gate, strides[0], row, 2 * first, rows, 2 * columns, 2 * COLUMNS)
         x, u = tl.split(tl.reshape(both, (row.shape[0], COLUMNS, 2)))
         if ORDER == "up_gate":
             x, u = u, x
@@ -85,10 +87,10 @@ def _forward(
     gate, up, out, strides, rows, columns,
     ACTIVATION: tl.constexpr, ORDER: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, first = _place(columns, ROWS, COLUMNS)  # pyright: ignore
+    row, first = place(columns, ROWS, COLUMNS)  # pyright: ignore
     x, u = _load_pair(gate, up, strides, row, first, rows, columns, ORDER, COLUMNS)
     y, _ = A.curve(x, x, ACTIVATION)
-    _store(out, strides[2], row, first, rows, columns, y * u, COLUMNS)
+    store(out, strides[2], row, first, rows, columns, y * u, COLUMNS)
 
 
 @triton.jit
@@ -97,24 +99,24 @@ def _backward(
     ACTIVATION: tl.constexpr, ORDER: tl.constexpr, NEEDS_GATE: tl.constexpr, NEEDS_UP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, first = _place(columns, ROWS, COLUMNS)  # pyright: ignore
+    row, first = place(columns, ROWS, COLUMNS)  # pyright: ignore
     # The compiler drops what only serves a gradient that is not stored, the load of up included.
     x, u = _load_pair(gate, up, strides, row, first, rows, columns, ORDER, COLUMNS)
-    d = _load(grad, strides[2], row, first, rows, columns, COLUMNS)
+    d = load(grad, strides[2], row, first, rows, columns, COLUMNS)
     y, dx = A.curve(x, d * u, ACTIVATION)
     du = d * y
     if ORDER == "apart":
         if NEEDS_GATE:
-            _store(dgate, strides[3], row, first, rows, columns, dx, COLUMNS)
+            store(dgate, strides[3], row, first, rows, columns, dx, COLUMNS)
         if NEEDS_UP:
-            _store(dup, strides[4], row, first, rows, columns, du, COLUMNS)
+            store(dup, strides[4], row, first, rows, columns, du, COLUMNS)
     else:
         both = tl.join(dx, du) if ORDER == "gate_up" else tl.join(du, dx)
         both = tl.reshape(both, (ROWS, 2 * COLUMNS))
-        _store(dgate, strides[3], row, 2 * first, rows, 2 * columns, both, 2 * COLUMNS)
+        store(dgate, strides[3], row, 2 * first, rows, 2 * columns, both, 2 * COLUMNS)
 
 
-def _rows(x: Tensor) -> Tensor:
+def as_rows(x: Tensor) -> Tensor:
     """``x`` as rows of adjacent elements: a view wherever its strides allow one."""
     x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
@@ -126,7 +128,7 @@ def _launch(kernel: Any, tensors: list[Tensor], columns: int, **options: Any) ->
     if all(t.is_contiguous() for t in tensors):
         tensors, columns, rows = [t.view(1, -1) for t in tensors], columns * rows, 1
     else:
-        tensors = [_rows(t) for t in tensors]
+        tensors = [as_rows(t) for t in tensors]
     width, height = _tile(rows, columns)
     grid = (triton.cdiv(rows, height) * triton.cdiv(columns, width),)
     strides = tuple(t.stride(0) for t in tensors)
@@ -290,7 +292,7 @@ def gated_activation(gate: Tensor, up: Tensor, activation: str) -> Tensor:
     Raises:
         ValueError: ``activation`` is unknown, or shapes, devices or dtypes do not fit.
     """
-    _check(activation, gate, up)
+    check(activation, gate, up)
     if gate.shape != up.shape:
         raise ValueError(f"gate and up differ in shape: {tuple(gate.shape)} and {tuple(up.shape)}")
     if gate.device != up.device:
@@ -315,13 +317,14 @@ def gated_activation_packed(
     Raises:
         ValueError: ``activation`` is unknown, or the last dimension is odd.
     """
-    _check(activation, gate_up)
+    check(activation, gate_up)
     if gate_up.shape[-1] % 2:
         raise ValueError(f"gate_up holds two halves, so its last dimension must be even: {tuple(gate_up.shape)}")
     return _packed(gate_up, activation, gate_first, interleaved)
 
 
-def _check(activation: str, *tensors: Tensor) -> None:
+def check(activation: str, *tensors: Tensor) -> None:
+    """Raises ValueError for an unknown activation, or tensors without elements of floating point in a last dimension."""
     if activation not in ACTIVATIONS:
         raise ValueError(f"unknown activation {activation!r}; known: {', '.join(ACTIVATIONS)}")
     for x in tensors:

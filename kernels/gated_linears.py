@@ -22,7 +22,8 @@ import torch
 from torch import Tensor
 
 from . import activations as A
-from . import gated_activation, parallel_linears
+from . import gated_activation as G
+from . import parallel_linears
 from .dispatch import compute_dtype, use_triton
 from .operator import operator
 from .quant_linear import autocast_dtype
@@ -55,23 +56,32 @@ def _sums(
 
 
 @triton.jit
-def _tile(columns, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
-    """Rows (ROWS,) and columns (COLUMNS,) of this program's tile."""
-    program = tl.program_id(0).to(tl.int64)
-    across = tl.cdiv(columns, COLUMNS)
-    return program // across * ROWS + tl.arange(0, ROWS), program % across * COLUMNS + tl.arange(0, COLUMNS)
-
-
-@triton.jit
 def _update(t, b, at, row, column, rows, columns, stride, scale, RANK: tl.constexpr, K: tl.constexpr):
     """A tile of scale · t[:, at : at + RANK] · bᵀ in float32. B is read as it lies: its rows are short, and side by side."""
     k = tl.arange(0, K)[None, :]
-    left = tl.load(t + row[:, None] * stride + at + k, mask=(row < rows)[:, None] & (k < RANK), other=0.0)
+    left = tl.load(t + row * stride + at + k, mask=(row < rows) & (k < RANK), other=0.0)
     right = tl.load(b + column[:, None] * RANK + k, mask=(column < columns)[:, None] & (k < RANK), other=0.0)
     right = tl.trans(right.to(left.dtype))
     if INTERPRETED:
         left, right = left.to(tl.float32), right.to(tl.float32)
     return scale * tl.dot(left, right)
+
+
+@triton.jit
+def _updated(
+    gate, up, t, b_gate, b_up, row, first, rows, columns, stride, scale_gate, scale_up,
+    RANK: tl.constexpr, RANK_UP: tl.constexpr, K: tl.constexpr, K_UP: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """A tile of gate' and of up'."""
+    # the large reads first: what the matrix units wait for in the meantime is in a cache
+    x, u = (
+        G.load(gate, columns, row, first, rows, columns, COLUMNS),
+        G.load(up, columns, row, first, rows, columns, COLUMNS),
+    )
+    column = first + tl.arange(0, COLUMNS)
+    x += _update(t, b_gate, 0, row, column, rows, columns, stride, scale_gate, RANK, K)
+    u += _update(t, b_up, RANK, row, column, rows, columns, stride, scale_up, RANK_UP, K_UP)
+    return x, u
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -80,14 +90,12 @@ def _forward(
     ACTIVATION: tl.constexpr, RANK: tl.constexpr, RANK_UP: tl.constexpr, K: tl.constexpr, K_UP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, column = _tile(columns, ROWS, COLUMNS)
-    there, mask = row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)[None, :]
-    # the large reads first: what the matrix units wait for in the meantime is in a cache
-    x, u = tl.load(gate + there, mask=mask, other=0.0), tl.load(up + there, mask=mask, other=0.0)
-    x = x.to(tl.float32) + _update(t, b_gate, 0, row, column, rows, columns, stride, scale_gate, RANK, K)
-    u = u.to(tl.float32) + _update(t, b_up, RANK, row, column, rows, columns, stride, scale_up, RANK_UP, K_UP)
+    row, first = G.place(columns, ROWS, COLUMNS)
+    x, u = _updated(
+        gate, up, t, b_gate, b_up, row, first, rows, columns, stride, scale_gate, scale_up, RANK, RANK_UP, K, K_UP, COLUMNS
+    )  # fmt: skip
     y, _ = A.curve(x, x, ACTIVATION)
-    tl.store(out + there, y * u, mask=mask)
+    G.store(out, columns, row, first, rows, columns, y * u, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["rows"])
@@ -96,15 +104,14 @@ def _backward(
     ACTIVATION: tl.constexpr, RANK: tl.constexpr, RANK_UP: tl.constexpr, K: tl.constexpr, K_UP: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    row, column = _tile(columns, ROWS, COLUMNS)
-    there, mask = row[:, None] * columns + column[None, :], (row < rows)[:, None] & (column < columns)[None, :]
-    x, u = tl.load(gate + there, mask=mask, other=0.0), tl.load(up + there, mask=mask, other=0.0)
-    d = tl.load(grad + there, mask=mask, other=0.0).to(tl.float32)
-    x = x.to(tl.float32) + _update(t, b_gate, 0, row, column, rows, columns, stride, scale_gate, RANK, K)
-    u = u.to(tl.float32) + _update(t, b_up, RANK, row, column, rows, columns, stride, scale_up, RANK_UP, K_UP)
+    row, first = G.place(columns, ROWS, COLUMNS)
+    d = G.load(grad, columns, row, first, rows, columns, COLUMNS)
+    x, u = _updated(
+        gate, up, t, b_gate, b_up, row, first, rows, columns, stride, scale_gate, scale_up, RANK, RANK_UP, K, K_UP, COLUMNS
+    )  # fmt: skip
     y, dx = A.curve(x, d * u, ACTIVATION)
-    tl.store(dgate + there, dx, mask=mask)
-    tl.store(dup + there, d * y, mask=mask)
+    G.store(dgate, columns, row, first, rows, columns, dx, COLUMNS)
+    G.store(dup, columns, row, first, rows, columns, d * y, COLUMNS)
 
 
 def _launch(
@@ -113,10 +120,9 @@ def _launch(
     """Run ``kernel`` over matrices of one shape; ``tensors`` end with gate and up."""
     matrices = [x.contiguous() for x in tensors]
     columns = out[0].shape[-1]
-    rows, flat = out[0].numel() // columns, t.reshape(-1, t.shape[-1])
+    rows, flat = out[0].numel() // columns, G.as_rows(t)
     ranks = [each.shape[1] for each in b]
     padded = [max(triton.next_power_of_2(rank), LEAST_RANK) for rank in ranks]
-    flat = flat if flat.stride(1) == 1 else flat.contiguous()
     grid = (triton.cdiv(rows, ROWS) * triton.cdiv(columns, COLUMNS),)
     sizes = {"RANK": ranks[0], "RANK_UP": ranks[1], "K": padded[0], "K_UP": padded[1]}
     with torch.cuda.device_of(out[0]):
@@ -203,7 +209,11 @@ def gated_update(
 
     Returns:
         (..., F), contiguous, in gate's dtype.
+
+    Raises:
+        ValueError: ``activation`` is unknown, or gate or up are not of floating point.
     """
+    G.check(activation, gate, up)
     return _gated_update(gate, up, t, b_gate, b_up, list(scales), activation)
 
 
@@ -244,6 +254,6 @@ def gated_linears(
         both = parallel_linears.parallel_linears(
             x, weights, layouts, biases, a, b, scales, adapter_dtype=adapter_dtype
         )  # fmt: skip
-        return gated_activation.gated_activation(*both, activation)
+        return G.gated_activation(*both, activation)
     gate, up, t = parallel_linears.without_updates(x, weights, layouts, biases, a, b, scales, adapter_dtype)
     return gated_update(gate, up, t, *b, scales, activation)

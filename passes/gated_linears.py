@@ -13,8 +13,8 @@ from ..kernels.gated_activation import gated_activation
 from ..kernels.gated_linears import gated_linears
 from ..kernels.parallel_linears import parallel_linears
 from ..rewrite import graph as g
-from ..rewrite.change import Change, commit, describe, type_problem
-from ..rewrite.driver import Outcome, Verifier
+from ..rewrite.change import Change, commit, describe
+from ..rewrite.driver import Outcome, Verifier, examined
 from ..rewrite.report import Refusal, Rewrite
 from ..rewrite.rule import call
 
@@ -43,7 +43,7 @@ class FuseGatedLinears:
         self, module: fx.GraphModule, parts: list[fx.Node], node: fx.Node, verifier: Verifier | None, outcome: Outcome
     ) -> None:
         linears: Any = parts[0].args[0]
-        graph, before = module.graph, set(module.graph.nodes)
+        graph = module.graph
         tracer = GraphAppendingTracer(graph)
         args, kwargs = g.map_nodes((linears.args, dict(linears.kwargs)), lambda n: fx.Proxy(n, tracer))
         x, *each = args
@@ -51,16 +51,11 @@ class FuseGatedLinears:
         both = [None if column is None else [column[i] for i in order] for column in each]
         with graph.inserting_before(node):
             made = call(gated_linears, x, *both, node.args[2], adapter_dtype=kwargs.get("adapter_dtype")).node
-        new = [n for n in graph.nodes if n not in before]
-        for added in new:
-            describe(added, node)
-        change = Change(self.name, list(linears.all_input_nodes), [linears, *parts, node], (node,), new, (made,))
-        problem, error = type_problem(change), None
-        if problem is None and verifier is not None:
-            error, problem = verifier(module, change)
+        describe(made, node)
+        change = Change(self.name, list(linears.all_input_nodes), [linears, *parts, node], (node,), [made], (made,))
+        error, problem = examined(module, change, verifier)
         path, place = g.module_path(node), g.source(node)
         if problem is not None:
-            g.erase_dead(new)
             outcome.refusals.append(Refusal(self.name, path, place, problem))
             return
         outcome.rewrites.append(Rewrite(self.name, path, place, *commit(change), error))

@@ -75,7 +75,7 @@ class StepMemory:
     _store: HostStore | None = None
     _parameters: list[nn.Parameter] | None = None
     _trained: Trained | None = None
-    _asked: tuple[Any, int, list[BlockCosts], Placement] | None = None
+    _asked: tuple[Any, list[BlockCosts], Placement] | None = None
     """The last choice, with the blocks themselves, so that they stay who they are."""
 
     def recount(self) -> None:
@@ -200,12 +200,12 @@ class StepMemory:
     def _within(self, blocks: list[BlockCosts], room: int | None, host: int) -> Placement:
         """Of equal blocks in equal room the same as last time: what is resident changes a little with every step."""
         assert self.plan is not None
-        if room is not None and any(b.options[-1].all_away for b in blocks):
+        if room is not None and any(b.may_send_all for b in blocks):
             unimportant = max(room.bit_length() - DIGITS, 0)
             room = room >> unimportant << unimportant
         asked = (list(map(id, blocks)), room, host, self.plan.spare)
-        if self._asked is None or self._asked[:2] != (asked, len(self._passes)):
-            self._asked = asked, len(self._passes), blocks, options_within(blocks, room, host, self.plan.spare)
+        if self._asked is None or self._asked[0] != asked:
+            self._asked = asked, blocks, options_within(blocks, room, host, self.plan.spare)
         return self._asked[-1]
 
     def _pending(self, now: int) -> int:

@@ -41,6 +41,16 @@ class Outcome:
         self.misses += other.misses
 
 
+def examined(module: fx.GraphModule, change: Change, verifier: Verifier | None) -> tuple[float | None, str | None]:
+    """The error of a replacement that may be committed; or why it may not be, and then its nodes are gone."""
+    problem, error = type_problem(change), None
+    if problem is None and verifier is not None:
+        error, problem = verifier(module, change)
+    if problem is not None:
+        g.erase_dead(change.new)
+    return error, problem
+
+
 def apply_rule(module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None) -> Outcome:
     """Rewrite ``module.graph`` with ``rule`` to a fixed point, from outputs to inputs."""
     outcome, refused = Outcome(), set[Any]()
@@ -197,12 +207,8 @@ def _replace(
     module: fx.GraphModule, rule: RewriteRule, match: Match, verifier: Verifier | None, outcome: Outcome
 ) -> Refusal | None:
     change = build(module.graph, rule, match)
-    problem = type_problem(change)
-    error = None
-    if problem is None and verifier is not None:
-        error, problem = verifier(module, change)
+    error, problem = examined(module, change, verifier)
     if problem is not None:
-        g.erase_dead(change.new)
         return rule.refuse(match, problem)
     path, place = g.module_path(match.anchor), g.source(match.anchor)
     outcome.rewrites.append(Rewrite(rule.name, path, place, *commit(change), error))

@@ -111,7 +111,7 @@ class HostStore:
             current.wait_event(gone)
 
     def fetch(self, kept: Offloaded) -> Tensor:
-        """``kept`` on the device again, and the copies of its block and of the block before it begun."""
+        """``kept`` on the device again, and the copies of its block and of those before it begun."""
         self._send(kept.group)
         current = torch.cuda.current_stream(kept.device)
         self._let_go(current, 0)

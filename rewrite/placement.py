@@ -42,7 +42,8 @@ class Option:
 
 @dataclass(frozen=True)
 class BlockCosts:
-    """The options of one block at the sizes of a call, most bytes first, and the most that its backward has alive.
+    """The options of one block at the sizes of a call, the first of which saves all on the device and the last of which send all
+    to the host, if any do; and the most that its backward has alive.
 
     Attributes:
         narrow: the options that send no more to the host than the block's input, so that little is on its way; those that may
@@ -59,6 +60,11 @@ class BlockCosts:
     def __post_init__(self) -> None:
         if not self.narrow:
             object.__setattr__(self, "narrow", hull(self.options))
+
+    @property
+    def may_send_all(self) -> bool:
+        """Whether an option sends all that is saved to the host."""
+        return self.options[-1].all_away
 
 
 def hull(options: Sequence[Option], price: float = 0.0) -> tuple[Option, ...]:
@@ -145,7 +151,7 @@ def options_within(blocks: Sequence[BlockCosts], room: int | None, host: int, sp
         spare: bytes by which what a backward has alive is more than what a forward has.
     """
     narrow = Placement(choose_options([b.narrow for b in blocks], room or 0))
-    if room is None or not host or not any(o.all_away for b in blocks for o in b.options):
+    if room is None or not host or not any(b.may_send_all for b in blocks):
         return narrow
     tried = {(ahead, *map(id, p.options)): p for ahead in AHEAD for p in _candidates(blocks, room, spare, ahead)}
     found = [each for each in tried.values() if each.fits(room, host, spare)]

@@ -102,8 +102,10 @@ def frontier(problem: Problem, cheapest: float, dearest: float) -> list[Choice]:
     found = [choose(problem, cheapest), choose(problem, dearest)]
     gaps, serial = [(found[1].bytes - found[0].bytes, 0, *found)], itertools.count(1)
     for _ in range(2, CUTS):
-        apart, _, more, less = heapq.heappop(gaps) if gaps else (0, 0, *found[:2])
-        if -apart <= FINE * found[0].bytes or more.seconds >= less.seconds:
+        if not gaps or -gaps[0][0] <= FINE * found[0].bytes:
+            break
+        apart, _, more, less = heapq.heappop(gaps)
+        if more.seconds >= less.seconds:
             break
         between = choose(problem, (less.seconds - more.seconds) / -apart, UNLIKE)
         if less.bytes < between.bytes < more.bytes and more.seconds < between.seconds < less.seconds:

@@ -9,8 +9,8 @@ from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from . import graph as g
-from .change import Change, commit, fake_run, type_problem
-from .driver import Outcome, Verifier
+from .change import Change, commit, fake_run
+from .driver import Outcome, Verifier, examined
 from .report import Refusal, Rewrite
 
 
@@ -79,11 +79,8 @@ def _merge(
         node.meta["val"] = fake_run(node)
     inputs = list(dict.fromkeys(i for n in nodes for i in n.all_input_nodes))
     change = Change(rule.name, inputs, list(nodes), tuple(nodes), new, tuple(m.node for m in merged))
-    problem, error = type_problem(change), None
-    if problem is None and verifier is not None:
-        error, problem = verifier(module, change)
+    error, problem = examined(module, change, verifier)
     if problem is not None:
-        g.erase_dead(new)
         return Refusal(rule.name, g.module_path(last), g.source(last), problem)
     path, place = _common_path(nodes), g.source(last)
     for node in reversed(readers):

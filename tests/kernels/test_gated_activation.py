@@ -218,7 +218,7 @@ def test_relu_discards_infinite_gradients(implementation: Backend) -> None:
 def test_halves_are_read_in_place() -> None:
     packed = normal((4, 3, 14), torch.bfloat16)
     for half in packed.chunk(2, -1):
-        assert module._rows(half).data_ptr() == half.data_ptr()
+        assert module.as_rows(half).data_ptr() == half.data_ptr()
 
 
 @both

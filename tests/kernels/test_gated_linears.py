@@ -175,3 +175,9 @@ def test_opcheck() -> None:
         torch.library.opcheck(
             torch.ops.weft.gated_update_backward.default, (up, gate, up, t, bg, bu, [1.0, 2.0], "silu")
         )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_an_unknown_activation_is_refused_either_way(dtype: torch.dtype) -> None:
+    with backend("triton"), pytest.raises(ValueError, match="unknown activation 'swish2'"):
+        gated_linears(**operands(dtype) | {"activation": "swish2"})
