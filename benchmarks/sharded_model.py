@@ -22,6 +22,8 @@ from .arm_settings import Setting
 from .arms import RANK, TARGETS, config_of
 
 STD = 0.02
+STORAGE = torch.bfloat16
+"""FSDP2 of torch before 2.13 shards no packed whole numbers."""
 
 
 def qlora_on_meta(setting: Setting) -> Any:
@@ -30,7 +32,9 @@ def qlora_on_meta(setting: Setting) -> Any:
         model = AutoModelForCausalLM.from_config(config_of(setting), dtype=torch.bfloat16, attn_implementation="sdpa")
         for path, linear in [(p, m) for p, m in model.named_modules() if p.rpartition(".")[2] in TARGETS]:
             parent, _, name = path.rpartition(".")
-            settings: dict[str, Any] = {"bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4"}
+            settings: dict[str, Any] = {
+                "bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4", "quant_storage": STORAGE
+            }  # fmt: skip
             packed = bnb.nn.Linear4bit(linear.in_features, linear.out_features, **settings)
             setattr(model.get_submodule(parent), name, packed)
     for parameter in model.parameters():
@@ -72,5 +76,7 @@ def materialize(module: nn.Module, device: torch.device) -> None:
 
 def _quantized(linear: Any, device: torch.device) -> Any:
     drawn = torch.empty(linear.out_features, linear.in_features, dtype=torch.bfloat16, device=device).normal_(std=STD)
-    settings: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": True, "module": linear}
+    settings: dict[str, Any] = {
+        "quant_type": "nf4", "compress_statistics": True, "quant_storage": STORAGE, "module": linear
+    }  # fmt: skip
     return bnb.nn.Params4bit(drawn, requires_grad=False, **settings).to(device)

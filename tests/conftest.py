@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,6 +25,14 @@ def _no_output_aliases_an_input() -> None:
     from weft.kernels import operator
 
     operator.CHECKED = True
+
+
+@pytest.fixture(autouse=True)
+def _as_precise_as_before() -> Iterator[None]:
+    """Trainer under torch.compile turns TensorFloat-32 on for all that the process computes later."""
+    kept = torch.backends.fp32_precision
+    yield
+    torch.backends.fp32_precision = kept
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -26,6 +26,7 @@ Run = Callable[..., str]
 def fresh(folder: Path, *arguments: str) -> str:
     """What an interpreter prints that is started in ``folder``, where no example is."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment.pop("PYTHONSAFEPATH", None)  # the demo imports what lies beside it
     command = [sys.executable, *arguments]
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600, check=False

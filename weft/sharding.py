@@ -14,8 +14,8 @@ from weft.rewrite.errors import OptionError, UnsupportedModelError
 from weft.rewrite.regions import find_blocks
 
 TORCH = version.parse(torch.__version__)
-CASTS_ALL = "2.13"
-"""Until this version FSDP2's mixed precision casts parameters of whole numbers, too."""
+SHARDS_WHOLE_NUMBERS = "2.13"
+"""Before this version FSDP2 makes a shard a parameter with a gradient, which whole numbers cannot have, and casts all alike."""
 
 
 def shard(model: nn.Module, **options: Any) -> nn.Module:
@@ -28,9 +28,9 @@ def shard(model: nn.Module, **options: Any) -> nn.Module:
 
     Raises:
         UnsupportedModelError: as :func:`keep_four_bit` does.
-        OptionError: ``mp_policy.param_dtype`` would be cast to in a version of torch that casts packed weights, too.
+        OptionError: weights are packed into whole numbers in a version of torch that shards none.
     """
-    _check_policy(model, options.get("mp_policy"))
+    _check_storage(model)
     keep_four_bit(model)
     for block in find_blocks(model).values():
         fully_shard(block, **options)
@@ -66,12 +66,12 @@ def keep_four_bit(model: nn.Module) -> list[RemovableHandle]:
     return handles
 
 
-def _check_policy(model: nn.Module, policy: Any) -> None:
+def _check_storage(model: nn.Module) -> None:
     packed = next((path for path, m in model.named_modules() if _is_packed(m) and _is_whole(m)), None)
-    if packed is not None and getattr(policy, "param_dtype", None) is not None and version.parse(CASTS_ALL) > TORCH:
+    if packed is not None and version.parse(SHARDS_WHOLE_NUMBERS) > TORCH:
         raise OptionError(
-            f"{packed}.weight is packed into whole numbers, which FSDP2 of torch before {CASTS_ALL} casts to "
-            "mp_policy.param_dtype: leave param_dtype out, or load the model with bnb_4bit_quant_storage=torch.bfloat16"
+            f"{packed}.weight is packed into whole numbers, which FSDP2 of torch before {SHARDS_WHOLE_NUMBERS} cannot shard: "
+            "load the model with bnb_4bit_quant_storage=torch.bfloat16"
         )
 
 

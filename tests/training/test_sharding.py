@@ -6,7 +6,6 @@ import pytest
 import torch
 from packaging import version
 from torch import nn
-from torch.distributed.fsdp import MixedPrecisionPolicy
 
 import weft.sharding
 from weft.rewrite.errors import OptionError, UnsupportedModelError
@@ -50,10 +49,10 @@ def test_scales_that_are_lost_are_named() -> None:
         keep_four_bit(model)
 
 
-def test_packed_weights_are_not_cast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where torch would; the model is then not sharded, and has no hooks."""
+def test_weights_of_whole_numbers_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where torch shards none; the model is then as it was, and has no hooks."""
     model = adapted("nf4")
     monkeypatch.setattr(weft.sharding, "TORCH", version.parse("2.11.0"))
     with pytest.raises(OptionError, match="bnb_4bit_quant_storage"):
-        shard(model, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16))
+        shard(model)
     assert not any(m._forward_pre_hooks for m in model.modules())

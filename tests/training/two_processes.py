@@ -16,12 +16,13 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
+from packaging import version
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy
 from torch.multiprocessing.spawn import start_processes
 from torch.nn.parallel import DistributedDataParallel
 
-from weft.sharding import shard
+from weft.sharding import SHARDS_WHOLE_NUMBERS, TORCH, shard
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -69,6 +70,8 @@ CASES = {
     "fsdp2, nf4, planned, optimized after": Case("fsdp2", "nf4", optimize="after", memory="1TB"),
     "fsdp2, full, planned, checkpointed": Case("fsdp2", "full", checkpointing=True, memory="1TB"),
 }
+WHOLE_NUMBERS = version.parse(SHARDS_WHOLE_NUMBERS) <= TORCH
+"""Whether FSDP2 shards what bitsandbytes packs by default."""
 STEPS = 3
 SMALL = {"hidden_size": 64, "intermediate_size": 64}
 
@@ -79,7 +82,7 @@ def build(kind: str) -> Any:
     if kind == "full":
         return model.train()
     if kind.startswith("nf4"):
-        model = in_four_bits(model, storage=torch.bfloat16 if kind == "nf4-bfloat16" else torch.uint8)
+        model = in_four_bits(model, storage=torch.uint8 if kind == "nf4" and WHOLE_NUMBERS else torch.bfloat16)
     return with_lora(model)
 
 
