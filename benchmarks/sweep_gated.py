@@ -9,11 +9,29 @@ import torch
 from torch import Tensor
 
 from weft.kernels import gated_activation, gated_linears
+from weft.kernels.gated_linears import Tile
 
 from .kernel_case import Draw, Sizes
 from .sweep_variants import Group, Variant
 
-TILES = ((32, 128, 4), (64, 128, 4), (64, 128, 8), (64, 64, 4), (32, 256, 8), (16, 256, 4), (32, 64, 2), (128, 64, 8))
+TILES = [
+    *(Tile(64, 64, 4, strip, stages) for strip in (1, 4, 8, 16) for stages in (1, 2, 3) if strip > 1 or stages == 1),
+    *(
+        Tile(64, 64, 8, 8, 1),
+        Tile(64, 128, 4, 8, 1),
+        Tile(64, 128, 8, 8, 2),
+        Tile(64, 32, 4, 8, 1),
+        Tile(64, 32, 4, 16, 2),
+    ),
+    *(Tile(32, 64, 2), Tile(32, 64, 2, 8, 1), Tile(32, 64, 2, 8, 2), Tile(32, 64, 2, 16, 1), Tile(32, 64, 4, 8, 1)),
+    *(
+        Tile(16, 64, 1, 8, 1),
+        Tile(16, 128, 2, 16, 1),
+        Tile(16, 256, 4, 16, 1),
+        Tile(32, 128, 4, 8, 1),
+        Tile(32, 32, 1, 8, 1),
+    ),
+]
 SCALES = [2.0, 0.5]
 
 
@@ -21,24 +39,20 @@ def gated_updates(sizes: Sizes) -> list[Group]:
     """Forward and backward."""
     element = 2 * sizes.tokens * sizes.intermediate
     return [
-        Group("gated update forward", lambda draw: _inputs(sizes, draw), _exact, 3 * element, _variants(_forward, _apart)),
+        Group(
+            "gated update forward", lambda draw: _inputs(sizes, draw), _exact, 3 * element,
+            _variants("FORWARD", _forward, _apart),
+        ),
         Group(
             "gated update backward", lambda draw: _gradients(sizes, draw), _exact_backward, 5 * element,
-            _variants(_backward, _apart_backward),
+            _variants("BACKWARD", _backward, _apart_backward),
         ),
     ]  # fmt: skip
 
 
-def _variants(call: Callable[..., Any], apart: Callable[..., Any]) -> list[Variant]:
-    names = ("ROWS", "COLUMNS", "WARPS")
-    tried = [
-        Variant(
-            " ".join(f"{n.lower()}={v}" for n, v in zip(names, tile, strict=True)),
-            call,
-            {(gated_linears, n): v for n, v in zip(names, tile, strict=True)},
-        )
-        for tile in TILES
-    ]
+def _variants(which: str, call: Callable[..., Any], apart: Callable[..., Any]) -> list[Variant]:
+    named = {tile: " ".join(f"{name}={value}" for name, value in tile._asdict().items()) for tile in TILES}
+    tried = [Variant(name, call, {(gated_linears, which): tile}) for tile, name in named.items()]
     return [*tried, Variant("update apart", apart)]
 
 

@@ -16,7 +16,7 @@ from weft.kernels import gated_linears as module
 from weft.kernels.activations import ACTIVATION
 from weft.kernels.dispatch import Backend, backend
 from weft.kernels.gated_activation import ACTIVATIONS
-from weft.kernels.gated_linears import gated_linears, gated_update, reference
+from weft.kernels.gated_linears import Tile, gated_linears, gated_update, reference
 from weft.quant.layout import Layout
 
 from .accuracy import DTYPES, assert_accurate
@@ -50,7 +50,8 @@ def updates(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
 @given(data=st.data())
 def test_the_update_matches_float64(name: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
     inputs = data.draw(updates(dtype))
-    with backend(name), patch.object(module, "COLUMNS", 64):
+    small = Tile(16, 64, 4, strip=2)
+    with backend(name), patch.multiple(module, FORWARD=small, BACKWARD=small):
         scale = float(1 + terms(inputs["t"], inputs["b_gate"], inputs["b_up"]))
         assert_accurate(gated_update, reference, inputs, reduction=64, scale=scale)
 
