@@ -10,15 +10,16 @@ from torch import fx
 
 from ..rewrite import graph as g
 from ..rewrite.driver import Outcome, Verifier
-from ..rewrite.vocabulary import operation
+from ..rewrite.vocabulary import bind, operation
 
 
 @dataclass(frozen=True)
 class FixWidths:
-    """A last dimension that is cut in two halves, or into pairs, is a width: the graph serves the one that it was traced with.
+    """A last dimension that is cut in two halves or into pairs is a width: the graph serves the one that it was traced with.
 
-    Dynamo takes the width of a rotary table for a length like any other, and with it the part of a head that it turns. A
-    last dimension that is not cut so may be a length indeed, such as that of a mask; it stays a symbol.
+    Dynamo takes the width of a rotary table for a length like any other, and with it the part of a head that it turns. To roll
+    by half is to cut in two halves, too. A last dimension that is not cut so may be a length indeed, such as that of a mask; it
+    stays a symbol.
     """
 
     name: str = "fix_widths"
@@ -40,12 +41,23 @@ def _is_cut(node: fx.Node) -> bool:
 
 
 def _cuts(user: fx.Node, node: fx.Node, width: int) -> bool:
-    """Whether ``user`` alone makes two halves of ``node``, or pairs."""
+    """Whether ``user`` alone makes two halves of ``node``, moves one to the other's place, or makes pairs."""
     found, dims = g.value(user), len(g.sizes(node))
     if operation(user) in ("chunk", "split"):
         return len(found) == 2 and all(t.ndim == dims and g.hint(t.shape[-1]) * 2 == width for t in found)
+    if operation(user) == "roll":
+        return _moved(user) * 2 == width
     shape: tuple[Any, ...] = g.sizes(user)
     return operation(user) in ("view", "unflatten") and len(shape) == dims + 1 and shape[-1] == 2
+
+
+def _moved(roll: fx.Node) -> int:
+    """How far ``roll`` moves what it rolls along the last dimension, as it was while tracing; 0 for other dimensions."""
+    x, shifts, dims = bind("roll", roll.args, dict(roll.kwargs)) or (None, 0, None)
+    shifts, dims = (i[0] if isinstance(i, tuple | list) and len(i) == 1 else i for i in (shifts, dims))
+    along_last = dims in (-1, len(g.sizes(x)) - 1)
+    shift = g.value(shifts)
+    return abs(g.hint(shift)) if along_last and isinstance(shift, int | torch.SymInt) else 0
 
 
 def _last(node: fx.Node) -> int:

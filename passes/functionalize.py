@@ -6,13 +6,13 @@ import operator
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import fx
 
 from ..rewrite import graph as g
 from ..rewrite.change import fake_run
 from ..rewrite.driver import Outcome, Verifier
 from ..rewrite.vocabulary import is_in_place
+from .written_parts import join_writes
 
 _OPERATORS: dict[Any, Any] = {
     operator.iadd: operator.add,
@@ -21,16 +21,21 @@ _OPERATORS: dict[Any, Any] = {
     operator.itruediv: operator.truediv,
     operator.ipow: operator.pow,
 }
+_METHODS = frozenset(("add", "sub", "mul", "div", "clamp", "clamp_min", "relu", "pow", "neg", "masked_fill"))
 
 
 @dataclass(frozen=True)
 class Functionalize:
-    """x += y  →  x' = x + y,  where x is a fresh value of the graph and no view of it is read afterwards."""
+    """x += y  →  x' = x + y,  where x is a fresh value of the graph and no view of it is read afterwards.
+
+    Fresh memory that is written part by part is one value, too: that of all parts.
+    """
 
     name: str = "functionalize"
 
     def run(self, module: fx.GraphModule, verifier: Verifier | None) -> Outcome:
         """Replace what is safe; what is not stays, and legality checks of later rules see it."""
+        join_writes(module.graph)
         for node in list(module.graph.nodes):
             if is_in_place(node) and _is_safe(node):
                 _make_functional(node)
@@ -59,19 +64,9 @@ def _functional(node: fx.Node) -> tuple[str, Any, dict[str, Any]] | None:
         return "call_function", _OPERATORS[node.target], kwargs
     if node.kwargs.get("inplace") is True:
         return node.op, node.target, kwargs
-    name = str(node.target)[:-1]
-    known = node.op == "call_method" and name in (
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "clamp",
-        "relu",
-        "pow",
-        "neg",
-        "masked_fill",
-    )
-    return ("call_method", name, kwargs) if known and hasattr(torch.Tensor, name) else None
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    known = name.endswith("_") and name[:-1] in _METHODS
+    return ("call_method", name[:-1], kwargs) if known else None
 
 
 def _make_functional(node: fx.Node) -> None:

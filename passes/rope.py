@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.fx.proxy import GraphAppendingTracer
 
 from ..kernels.rope import rope, rope_single
 from ..rewrite.graph import (
     before,
     dtype_of,
     fixed_size,
+    hint,
     is_context,
     requires_grad,
     settled,
     sizes,
     static_size,
     tensor_of,
+    traced_size,
     value,
 )
 from ..rewrite.match import Match
@@ -28,21 +32,46 @@ from ..rewrite.siblings import SiblingRule
 from ..rewrite.vocabulary import is_in_place, operation
 
 
+def unsigned(table: Tensor, signs: Tensor | None = None, *, back: bool = False) -> Tensor:
+    """The sine of a rotation whose first half is negative in its table: (−a, b) of ``table`` · ``signs`` = (a, b).
+
+    That is so for whatever the table and the signs hold: x·cos + roll(x)·(a, b) is x₁·cos₁ + x₂·a beside x₂·cos₂ + x₁·b.
+    So nobody needs to know that the signs are −1 and 1; they may be data that changes.
+
+    Args:
+        table: (..., R), any floating-point dtype.
+        signs: what broadcasts against ``table``; None: ones.
+        back: whether the product with the table is subtracted: (a, −b).
+
+    Returns:
+        (..., R), in the dtype of the product.
+    """
+    first, second = (table if signs is None else table * signs).chunk(2, -1)
+    return torch.cat((first, -second) if back else (-first, second), -1)
+
+
 class FuseRope(RewriteRule):
     """x·cos + rotate(x)·sin  →  rope_single(x, cos, sin)"""
 
     name = "rope"
     variants = {
-        "form": ("rotate half", "two halves", "rotate pairs", "two of a pair", "complex", "complex, one table"),
+        "form": (
+            "rotate half", "two halves", "rotate pairs", "two of a pair", "complex", "complex, one table", "rolled",
+            "rolled, with signs",
+        ),
         "back": (False, True),
-    }
+    }  # fmt: skip
 
     def pattern(
-        self, x: Any, cos: Any, sin: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, *, form: str, back: bool
-    ) -> Any:
+        self, x: Any, cos: Any, sin: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, shift: Any, signs: Any,
+        *, form: str, back: bool,
+    ) -> Any:  # fmt: skip
         """Half-rotated and interleaved, through a rotated copy or part by part, as a complex product; either way round."""
         if form.startswith("complex"):
             return None if back else from_complex(as_complex(x) * cos)
+        if form.startswith("rolled"):
+            moved = x.roll(shift, -1) * signs if form.endswith("signs") else x.roll(shift, -1)
+            return x * cos - moved * sin if back else x * cos + moved * sin
         first, second = part(x, a, b, p), part(x, c, d, q)
         join = interleave if "pair" in form else lambda left, right: torch.cat((left, right), -1)
         if form.startswith("rotate"):
@@ -54,8 +83,11 @@ class FuseRope(RewriteRule):
 
     def check(self, m: Match) -> Refusal | None:
         """The parts are the two halves (or the even and odd elements), and the tables broadcast to x."""
+        rolled = m.form.startswith("rolled")
+        if rolled and not _rolls_halves(m):  # first: what is rolled otherwise may be as long as it likes
+            return self.refuse(m, f"what is turned is rolled by {_shift(m)} of {traced_size(m.x)}, not by half")
         size = fixed_size(m.x)
-        if size is None or size % 2:
+        if not size or size % 2 or (rolled and not isinstance(settled(value(m.shift)), int)):
             return self.refuse(m, "the rotated dimension has no fixed even size")
         if m.a is not None and not (
             _halves(m, size) if m.form == "rotate half" else _halves(m, size) or _pairs(m, size)
@@ -68,8 +100,12 @@ class FuseRope(RewriteRule):
         table = tensor_of(m.cos)
         if m.form.startswith("complex") and not (table is not None and table.is_complex()):
             return self.refuse(m, "complex numbers are scaled, not turned")
-        if fixed_size(m.cos) not in (size, size // 2) or len(sizes(m.cos)) > len(sizes(m.x)):
+        if fixed_size(m.cos) not in (size, size if rolled else size // 2) or len(sizes(m.cos)) > len(sizes(m.x)):
             return self.refuse(m, f"a table of shape {list(sizes(m.cos))} does not fit {list(sizes(m.x))}")
+        if m.sin is not None and not _are_alike(m):
+            return self.refuse(
+                m, f"tables of shapes {list(sizes(m.cos))} and {list(sizes(m.sin))} are not one for each angle"
+            )
         if not 2 <= len(sizes(m.x)) <= 4:
             return self.refuse(m, f"{len(sizes(m.x))} dimensions")
         return None
@@ -83,7 +119,10 @@ class FuseRope(RewriteRule):
         pairs = "pair" in m.form or m.form.startswith("complex")
         if m.a is not None and pairs != _pairs(m, size):
             x = x.unflatten(-1, (2, -1) if pairs else (-1, 2)).transpose(-1, -2).flatten(-2)
-        sin = _negative(m, sin) if m.back else sin
+        if m.form.startswith("rolled"):
+            sin = _sine(m)
+        elif m.back:
+            sin = _negative(m, sin)
         return call(rope_single, x, cos, sin, interleaved=pairs, rotary_dim=size, dtype=dtype_of(m.root))
 
 
@@ -101,16 +140,51 @@ def _pairs(m: Match, size: Any) -> bool:
     return m.a is not None and _parts(m) == (0, size, 1, size, 2, 2)
 
 
+def _shift(m: Match) -> int | None:
+    found = value(m.shift)
+    return hint(found) if isinstance(found, int | torch.SymInt) else None
+
+
+def _rolls_halves(m: Match) -> bool:
+    """Whether each half takes the other's place, at the sizes that were traced."""
+    size, shift = traced_size(m.x), _shift(m)
+    return bool(size) and shift is not None and 2 * (shift % size) == size
+
+
+def _sine_factors(m: Match) -> list[Any]:
+    return [factor for factor in (m.sin, m.signs) if factor is not None]
+
+
+def _are_alike(m: Match) -> bool:
+    """Whether cosine and sine are tensors of one shape, as the operator needs them."""
+    shape, shapes = sizes(m.cos), [sizes(factor) for factor in _sine_factors(m)]
+    within = (n in (1, s) for other in shapes for n, s in zip(reversed(other), reversed(shape), strict=False))
+    return shape in shapes and all(0 < len(other) <= len(shape) for other in shapes) and all(within)
+
+
+def _sine(m: Match) -> Any:
+    """The sine without the signs in its table."""
+    factors, options = _sine_factors(m), {"back": m.back}
+    is_it = lambda u: u.target is unsigned and set(u.args) == set(factors) and u.kwargs == options  # noqa: E731
+    proxies = [fx.Proxy(f, GraphAppendingTracer(f.graph)) for f in factors]
+    return _once(m, max(factors, key=lambda n: n._sort_key), is_it, lambda: call(unsigned, *proxies, **options))
+
+
 def _negative(m: Match, sin: Any) -> Any:
-    """−sin, computed once for all that it turns: else q and k would seem to have different tables."""
-    known = [u for u in m.sin.users if operation(u) == "neg" and u not in m.nodes and before(u, m.root)]
+    """−sin"""
+    return _once(m, m.sin, lambda u: operation(u) == "neg", lambda: -sin)
+
+
+def _once(m: Match, table: fx.Node, is_it: Callable[[fx.Node], bool], make: Callable[[], fx.Proxy]) -> fx.Proxy:
+    """What ``make`` makes of ``table``, once for all that it turns: else q and k would seem to have different tables."""
+    known = [u for u in table.users if is_it(u) and u not in m.nodes and before(u, m.root)]
     if known:
-        return fx.Proxy(known[0], sin.tracer)
-    first = min((u for u in m.sin.users if u.op != "output"), key=lambda n: n._sort_key)
-    if any(is_in_place(n) or is_context(n) for n in m.sin.graph.nodes):
-        return -sin
-    with m.sin.graph.inserting_before(first):
-        return -sin
+        return fx.Proxy(known[0], GraphAppendingTracer(table.graph))
+    first = min((u for u in table.users if u.op != "output"), key=lambda n: n._sort_key)
+    if any(is_in_place(n) or is_context(n) for n in table.graph.nodes):
+        return make()
+    with table.graph.inserting_before(first):
+        return make()
 
 
 class FusePartialRope(RewriteRule):

@@ -6,7 +6,7 @@ from typing import Any
 
 from .equation import Site, equation, from_the_end, is_number
 from .expr import Expr, View, last_size, rank
-from .graph import sizes
+from .graph import dtype_of, sizes
 
 
 @equation("contiguous", "clone")
@@ -40,7 +40,8 @@ def reshaped(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
     before, after = sizes(x.node), sizes(at.node)
     if before == after and before:
         return x
-    inner = x if x.op == "stack" and len(x.args[0]) == 2 and from_the_end(x.args[1], x) == -1 else None
+    pair = x.op == "stack" and isinstance(x.args[0], tuple) and len(x.args[0]) == 2
+    inner = x if pair and from_the_end(x.args[1], x) == -1 else None
     if inner and len(after) == len(before) - 1 and before[:-2] == after[:-1]:
         return v.make("interleave", *inner.args[0], node=at.node)
     return None
@@ -173,11 +174,43 @@ def narrowed(v: View, at: Site, x: Any, dim: Any, start: Any, length: Any) -> Ex
 @equation("cat", "stack")
 def joined(v: View, at: Site, tensors: Any, dim: Any = 0) -> Expr | None:
     """Joining names its dimension from the end."""
+    if isinstance(tensors, Expr):  # all that a split returns
+        return None
     tensors = tuple(tensors)
     first = tensors[0] if tensors else None
     if isinstance(dim, int) and dim >= 0 and rank(first):
         dim = dim - (rank(first) or 0) - (at.op == "stack")
     return v.intern(at.op, (tensors, dim), at.node)
+
+
+@equation("weft.written")
+def joined_by_writing(v: View, at: Site, values: Any, parts: Any, size: int, order: Any, dtype: Any) -> Expr | None:
+    """y[..., :h] = a, y[..., h:] = b is cat(a, b); y[..., ::2] = a, y[..., 1::2] = b interleaves; y[..., i] = … stacks."""
+    values = tuple(_converted(v, x, dtype) for x in values)
+    if None in values:
+        return None
+    if all(isinstance(p, int) for p in parts):
+        return v.make("stack", values, -1, node=at.node)
+    if any(isinstance(p, int) for p in parts):
+        return None
+    if [p[2] for p in parts] == [2, 2]:
+        return v.make("interleave", *values, node=at.node) if size % 2 == 0 else None
+    return v.make("cat", values, -1, node=at.node) if all(p[2] == 1 for p in parts) else None
+
+
+def _converted(v: View, x: Any, dtype: Any) -> Any:
+    """``x`` as a tensor of ``dtype`` holds it; None where that is no matter of floating point."""
+    found = dtype_of(x.node) if isinstance(x, Expr) and x.node is not None else None
+    if found is None or found == dtype:
+        return x if found else None
+    return v.intern("cast", (x, dtype)) if found.is_floating_point and dtype.is_floating_point else None
+
+
+@equation("roll")
+def rolled(v: View, at: Site, x: Any, shifts: Any, dims: Any = None) -> Expr | None:
+    """roll(x, (n,), (3,)) = roll(x, n, −1)"""
+    shift = shifts[0] if isinstance(shifts, tuple | list) and len(shifts) == 1 else shifts
+    return v.intern("roll", (x, shift, from_the_end(dims, x)), at.node)
 
 
 @equation("view_as_complex")

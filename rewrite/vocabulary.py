@@ -40,6 +40,13 @@ glu(x, dim=-1)                                                               |
 clamp(x, min=None, max=None)                                                 | clip clamp_
 clamp_min(x, min)                                                            | clamp_min_
 maximum(x, y)                                                                |
+gt(x, y)                                                                     | greater
+ge(x, y)                                                                     | greater_equal
+lt(x, y)                                                                     | less
+le(x, y)                                                                     | less_equal
+where(condition, x, y)                                                       |
+masked_fill(x, mask, value)                                                  |
+threshold(x, threshold, value, inplace=False)                                | _threshold
 mean(x, dim=None, keepdim=False, dtype=None)                                 |
 sum(x, dim=None, keepdim=False, dtype=None)                                  |
 var(x, dim=None, unbiased=None, keepdim=False, correction=None)              |
@@ -67,6 +74,7 @@ unflatten(x, dim, sizes)                                                     |
 unsqueeze(x, dim)                                                            |
 squeeze(x, dim=None)                                                         |
 expand(x, *sizes)                                                            |
+roll(x, shifts, dims=None)                                                   |
 repeat(x, *sizes)                                                            |
 repeat_interleave(x, repeats, dim=None, output_size=None)                    |
 contiguous(x, memory_format=None)                                            |
@@ -89,6 +97,7 @@ cross_entropy(x, target, weight=None, old=None, ignore_index=-100, old2=None, re
 nll_loss(x, target, weight=None, old=None, ignore_index=-100, old2=None, reduction='mean') |
 log_softmax(x, dim=None, _stacklevel=3, dtype=None)                          |
 gather(x, dim, index, sparse_grad=False)                                     |
+logsumexp(x, dim, keepdim=False, out=None)                                   |
 gemm_4bit(x, weight, shape, absmax, block_size, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None) |
 """
 
@@ -158,10 +167,12 @@ def operation(node: fx.Node) -> str:
 
 def is_in_place(node: fx.Node) -> bool:
     """Whether ``node`` overwrites its first argument."""
+    if node.op not in ("call_function", "call_method"):
+        return False
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if name.endswith("_") and not name.endswith("__"):
+        return True
     if node.op == "call_method":
-        name = str(node.target)
-        return name.endswith("_") and not name.endswith("__")
-    if node.op != "call_function":
         return False
     if node.target in _IN_PLACE_OPERATORS or node.kwargs.get("inplace") is True or node.kwargs.get("out") is not None:
         return True
@@ -171,7 +182,7 @@ def is_in_place(node: fx.Node) -> bool:
 
 def _inplace_position(node: fx.Node) -> bool:
     name = operation(node)
-    if name not in ("relu", "silu", "dropout"):
+    if name not in ("relu", "silu", "dropout", "threshold"):
         return False
     bound = bind(name, node.args, dict(node.kwargs))
     return bound is not None and bound[list(SIGNATURES[name].parameters).index("inplace")] is True

@@ -61,13 +61,19 @@ def chunk_turn(x: Any, cos: Any, sin: Any) -> Any:
     return torch.cat((a * cos + torch.cat((-second, first), -1) * sin, rest), -1)
 
 
+def roll_turn(x: Any, cos: Any, sin: Any) -> Any:
+    """Rotated by a roll, with the signs in the table."""
+    a, rest = x[..., : cos.shape[-1]], x[..., cos.shape[-1] :]
+    return torch.cat((a * cos + torch.roll(a, a.shape[-1] // 2, dims=-1) * sin, rest), -1)
+
+
 def arguments(width: int, length: int = 5) -> tuple[Tensor, ...]:
     """Queries, keys and tables."""
     table = normal(2, 1, 1, length, width // 2).repeat(1, 1, 1, 2)
     return normal(0, 2, 4, length, 16), normal(1, 2, 2, length, 16), table.cos(), table.sin()
 
 
-@pytest.mark.parametrize("turn", (half_turn, pair_turn, chunk_turn))
+@pytest.mark.parametrize("turn", (half_turn, pair_turn, chunk_turn, roll_turn))
 def test_partial_rotation_by_tables_of_any_width(turn: Callable[..., Any]) -> None:
     def both(q: Any, k: Any, cos: Any, sin: Any) -> Any:
         return turn(q, cos, sin), turn(k, cos, sin)
@@ -87,6 +93,8 @@ def test_partial_rotation_by_tables_of_any_width(turn: Callable[..., Any]) -> No
         lambda x, m: x * m[..., : x.shape[-1]],
         lambda x, m: x[..., ::2] + m[..., : (x.shape[-1] + 1) // 2],
         lambda x, m: x.masked_fill(m[..., : x.shape[-1]] > 0, 0.0).softmax(-1),
+        lambda x, m: x.roll(x.shape[-1] // 2, 1) * x.roll(1, -1) + x.roll(x.shape[-1], -1) + m[..., : x.shape[-1]],
+        lambda x, m: x * m[..., : x.shape[-1]] + x.roll(1, -1) * m[..., -x.shape[-1] :],
         lambda x, m: torch.cat((x[..., 1:], x[..., :1]), -1) + m[..., : x.shape[-1]],
     ),
 )
