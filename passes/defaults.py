@@ -9,6 +9,8 @@ from ..rewrite.errors import OptionError
 from ..rewrite.pipeline import Pass, Rules
 from .attention import FuseAttention
 from .common_subexpressions import CommonSubexpressions
+from .compile_leftovers import CompileLeftovers
+from .drop_identities import DropIdentities
 from .fix_widths import FixWidths
 from .fp8_products import Fp8Products
 from .functionalize import Functionalize
@@ -22,6 +24,7 @@ from .quant_linear import FuseQuantLinear
 from .residual_norm import FuseResidualNorm
 from .rms_norm import FuseRmsNorm
 from .rope import FusePartialRope, FuseRope, PairRope
+from .split_once import SplitOnce
 
 Products = Literal["stored", "fp8"]
 
@@ -46,6 +49,7 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer", products: P
         Functionalize(),
         CommonSubexpressions(),
         FixWidths(),
+        DropIdentities(),
         Rules("layer_norm", (FuseLayerNorm(),)),  # before rms_norm, which would take x − mean x for its input
         Rules("rms_norm", (FuseRmsNorm(),)),
         Rules("rope", (FuseRope(), FusePartialRope(), PairRope())),
@@ -58,4 +62,6 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer", products: P
         Rules("gated_mlp", (FuseGatedMlp(),)),
         *((FuseGatedLinears(),) if mode == "train" else ()),
         Rules("linear_cross_entropy", (FuseLinearCrossEntropy(logits),)),
+        SplitOnce(),
+        *((CompileLeftovers(),) if mode == "train" else ()),
     )

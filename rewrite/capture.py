@@ -20,6 +20,7 @@ from .driver import Verifier
 from .errors import first_line
 from .exact import packed_weights
 from .joint import JointGraph, unseen
+from .leftovers import COMPILED, Leftovers
 from .lower import has_checkpoint, lower
 from .pipeline import Pass, run_pipeline
 from .recompute import head_of
@@ -61,6 +62,7 @@ class Session:
 
     def __post_init__(self) -> None:
         self.compiler: Callable[..., Any] = self.compile
+        self.leftovers = self.report.leftovers = Leftovers(verify=self.verify)
 
     @property
     def path(self) -> str:
@@ -115,7 +117,8 @@ class Session:
             return lower(module)
         try:
             recordings = self.memory.recordings
-            joint = JointGraph(module, example_inputs, recordings and recordings.recorded)
+            prepared = self.leftovers.fused if COMPILED in module.meta else None
+            joint = JointGraph(module, example_inputs, recordings and recordings.recorded, prepared)
             joint.lower()
         except Exception as error:  # what AOTAutograd cannot trace runs node by node, and the report says so
             _log.debug("lowering %s failed", self.path, exc_info=True)

@@ -13,6 +13,7 @@ from torch.fx.proxy import GraphAppendingTracer
 
 from . import graph as g
 from .match import Match
+from .memory_order import order_is_seen
 from .rule import RewriteRule
 from .vocabulary import operation
 
@@ -58,7 +59,7 @@ def build(graph: fx.Graph, rule: RewriteRule, match: Match) -> Change:
     outputs = tuple(r.node for r in (result if isinstance(result, tuple) else (result,)))
     new = _describe(graph, before, match)
     with graph.inserting_before(point):
-        outputs = tuple(_laid_out(o, n, tracer) for o, n in zip(match.outputs, outputs, strict=True))
+        outputs = tuple(laid_out(o, n, tracer) for o, n in zip(match.outputs, outputs, strict=True))
     new += _describe(graph, before.union(new), match)
     return Change(rule.name, match.inputs(), match.nodes, match.outputs, new, outputs)
 
@@ -77,10 +78,12 @@ def describe(node: fx.Node, like: fx.Node) -> None:
     node.meta["val"] = fake_run(node)
 
 
-def _laid_out(old: fx.Node, new: fx.Node, tracer: Any) -> fx.Node:
-    """``new`` in the memory order of ``old``, of which readers may take views that exist in no other."""
+def laid_out(old: fx.Node, new: fx.Node, tracer: Any) -> fx.Node:
+    """``new`` in the memory order of ``old``, where a reader may take a view that exists in no other."""
     a, b = g.tensor_of(old), g.tensor_of(new)
     if a is None or b is None or a.ndim != b.ndim or g.memory_order(a, wide=True) == g.memory_order(b, wide=True):
+        return new
+    if not order_is_seen(old):
         return new
     order = g.memory_order(a)
     back = [order.index(d) for d in range(a.ndim)]

@@ -26,6 +26,7 @@ from .sizes import Evaluate, storages, value_bytes
 Seconds = Callable[[fx.Node], float]
 Function = Callable[[list[Any]], Any]
 """Of tensors and numbers, in a list that it empties."""
+Prepare = Callable[[fx.GraphModule], fx.GraphModule]
 Recorder = Callable[[Function, fx.Graph, bool], Function]
 """Makes the function that runs in place of one that runs a graph; True for a backward."""
 
@@ -37,6 +38,7 @@ class JointGraph:
         graph: the joint graph of the first lowering, for analysis. Its inputs are those of the region's graph.
         backward: of each choice lowered so far, the backward's graph.
         recorded: what each forward and backward becomes.
+        prepared: what becomes of their graphs before.
     """
 
     def __init__(
@@ -44,11 +46,13 @@ class JointGraph:
         module: fx.GraphModule,
         fakes: Sequence[Any],
         recorded: Recorder | None = None,
+        prepared: Prepare | None = None,
         context: TracingContext | None = None,
     ) -> None:
         self.module = module
         self.fakes = list(fakes)
         self.recorded = recorded or (lambda function, *_: function)
+        self.prepared = prepared or (lambda module: module)
         self.graph: fx.Graph | None = None
         self.backward: dict[frozenset[str] | None, fx.Graph] = {}
         self._context = context or TracingContext.try_get()
@@ -69,14 +73,14 @@ class JointGraph:
     def without_gradient(self, at: int) -> JointGraph:
         """The same where the input at this position needs no gradient."""
         fakes = [f.detach() if i == at else f for i, f in enumerate(self.fakes)]
-        return JointGraph(self.module, fakes, self.recorded, self._context)
+        return JointGraph(self.module, fakes, self.recorded, self.prepared, self._context)
 
     def _backward(self, saved: frozenset[str] | None, module: fx.GraphModule) -> Callable[..., Any]:
         self.backward[saved] = module.graph
-        return self.recorded(_boxed(module), module.graph, True)
+        return self.recorded(_boxed(self.prepared(module)), module.graph, True)
 
     def _compiled(self, module: fx.GraphModule, _: Any = None) -> Callable[..., Any]:
-        return self.recorded(_boxed(module), module.graph, False)
+        return self.recorded(_boxed(self.prepared(module)), module.graph, False)
 
     def _partition(self, saved: frozenset[str] | None, joint: fx.GraphModule, inputs: Any, options: Any) -> Any:
         if self.graph is None:
@@ -189,11 +193,11 @@ def recompute_problem(graph: fx.Graph, seconds: Seconds, of: Evaluate) -> Proble
     operations: dict[str, Operation] = {}
     producer, size, needed = dict[str, str](), dict[str, float](), []
     for node in forward:
-        if _is_number(node):
+        if is_number(node):
             continue
-        part = _is_part(node)
+        part = is_part(node)
         if not part:
-            reads = tuple(n.name for n in node.all_input_nodes if n in inside and not _is_number(n))
+            reads = tuple(n.name for n in node.all_input_nodes if n in inside and not is_number(n))
             again = INFINITE if is_random(node) else (0.0 if is_view(node) else seconds(node))
             operations[node.name] = Operation(again, reads)
         producer[node.name] = node.args[0].name if part else node.name  # pyright: ignore
@@ -204,11 +208,12 @@ def recompute_problem(graph: fx.Graph, seconds: Seconds, of: Evaluate) -> Proble
     return Problem(operations, producer, size, tuple(needed))
 
 
-def _is_number(node: fx.Node) -> bool:
+def is_number(node: fx.Node) -> bool:
+    """Whether a call computes no tensor."""
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
 
 
-def _is_part(node: fx.Node) -> bool:
+def is_part(node: fx.Node) -> bool:
     """One of several outputs of a call."""
     first = node.args[0] if node.args else None
     return (
@@ -221,5 +226,5 @@ def _is_part(node: fx.Node) -> bool:
 def is_view(node: fx.Node) -> bool:
     """Whether a result lies in an input of its call; each part of a split does."""
     own = set(storages(node.meta.get("val")))
-    call = node.args[0] if _is_part(node) else node
+    call = node.args[0] if is_part(node) else node
     return bool(own) and any(own & set(storages(n.meta.get("val"))) for n in call.all_input_nodes)  # pyright: ignore

@@ -123,6 +123,7 @@ class RewriteReport:
     total_seconds: float = 0.0
     precision: Any = None
     steps: Any = None
+    leftovers: Any = None
     installed: bool = True
 
     @property
@@ -144,8 +145,8 @@ class RewriteReport:
 
     @property
     def remarks(self) -> list[str]:
-        """The notes; once each what the user asked for at the price of digits, with the largest error of all graphs; and what
-        was recorded as CUDA graphs."""
+        """The notes; once each what the user asked for at the price of digits, with the largest error of all graphs; what was
+        compiled by Inductor, and what was recorded as CUDA graphs."""
         errors: dict[str, list[float]] = {}
         for asked in (r.asked for g in self.graphs for r in g.rewrites if r.asked is not None):
             errors.setdefault(asked.what, []).extend([] if asked.error is None else [asked.error])
@@ -154,7 +155,8 @@ class RewriteReport:
         ]
         asked_for = [f"{what}, as asked{how}" for what, how in zip(errors, found, strict=True)]
         recordings = getattr(self.steps, "recordings", None)
-        return [*self.notes, *asked_for, *(() if recordings is None else recordings.remarks())]
+        beside = [r for r in (self.leftovers, recordings) if r is not None]
+        return [*self.notes, *asked_for, *(remark for each in beside for remark in each.remarks())]
 
     @property
     def memory(self) -> Any:

@@ -8,7 +8,7 @@ activations are drawn.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,20 +71,7 @@ class Replayer:
     ) -> tuple[float | None, str | None]:
         inputs = self._examples(boundary, longest)
         wide = [i if n.meta.get("packed") else upcast(i) for n, i in zip(boundary, inputs, strict=True)]
-        exact = _run(Float64(old).run, wide, tracked)
-        eager = _run(old, inputs, tracked)
-        ours = _run(new, inputs, tracked)
-        worst, terms = 0.0, max((i.numel() for i in inputs if isinstance(i, Tensor)), default=0)
-        for name, truth, peer, got in _compare(exact, eager, ours):
-            if truth is None or peer is None:
-                continue
-            if got is None:
-                return None, f"replay: {name} has no gradient"
-            share = _share(truth, peer, got, terms)
-            worst = max(worst, share)
-            if not share <= 1.0:
-                return share, f"replay: {name} is off by {share:.3g} times what is allowed"
-        return worst, None
+        return judge(old, new, inputs, wide, tracked=tracked)
 
     def example(self, node: fx.Node, generator: torch.Generator, longest: int | None = LONGEST) -> Any:
         """A value for ``node``: the real one for what has a fixed shape and came from the caller, else a drawn one."""
@@ -97,6 +84,37 @@ class Replayer:
         if isinstance(real, Tensor) and all(isinstance(s, int) for s in fake.shape):
             return real.detach().clone().requires_grad_(fake.requires_grad and real.is_floating_point())
         return _draw(fake, generator, longest)
+
+
+def judge(
+    old: fx.GraphModule,
+    new: Callable[..., Any],
+    inputs: Sequence[Any],
+    wide: Sequence[Any] = (),
+    *,
+    tracked: bool = False,
+) -> tuple[float | None, str | None]:
+    """The error of ``new`` on ``inputs`` as a share of what is allowed, and the reason for rejection if it exceeds 1.
+
+    Args:
+        old: the graph that ``new`` stands for.
+        wide: the inputs in float64, if that is not all of them.
+        tracked: compare gradients, too.
+    """
+    exact = _run(Float64(old).run, wide or [upcast(i) for i in inputs], tracked)
+    eager = _run(old, inputs, tracked)
+    ours = _run(new, inputs, tracked)
+    worst, terms = 0.0, max((i.numel() for i in inputs if isinstance(i, Tensor)), default=0)
+    for name, truth, peer, got in _compare(exact, eager, ours):
+        if truth is None or peer is None:
+            continue
+        if got is None:
+            return None, f"replay: {name} has no gradient"
+        share = _share(truth, peer, got, terms)
+        worst = max(worst, share)
+        if not share <= 1.0:
+            return share, f"replay: {name} is off by {share:.3g} times what is allowed"
+    return worst, None
 
 
 def _is_read(output: fx.Node) -> bool:
@@ -144,6 +162,8 @@ def _derived(change: Change, boundary: list[fx.Node]) -> list[fx.Node]:
     beside = [n for n in boundary if n not in change.inputs and g.tensor_of(n) is not None]
     for node in change.inputs if beside else ():  # old nodes compute an input a second time, from what stands beside it
         found += _computation(node, beside)
+    for node in beside:  # new nodes share what another replacement made of the same inputs
+        found += _computation(node, change.inputs)
     return sorted(dict.fromkeys(found), key=lambda n: n._sort_key)
 
 
@@ -224,5 +244,7 @@ def _share(truth: Tensor, peer: Tensor, got: Tensor, terms: int) -> float:
     error = size((got.double() - exact).masked_fill(~finite, 0))
     if peer.dtype == torch.float64:
         own = max(own, torch.finfo(peer.dtype).eps * terms**0.5 * size(exact))
+    if not got.dtype.is_floating_point:
+        return 0.0 if torch.equal(got, peer) else float("inf")
     allowed = 2 * own + torch.finfo(got.dtype).eps * max(size(exact), torch.finfo(got.dtype).tiny)
     return error / allowed

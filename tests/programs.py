@@ -31,6 +31,11 @@ VIEWS: dict[str, Callable[[Any, Any], Any]] = {
     "contiguous": lambda a, b: a.contiguous(),
     "double": lambda a, b: a.to(torch.float64),
     "slice": lambda a, b: a[:],
+    "whole": lambda a, b: a[..., :SIZE],
+    "idle": lambda a, b: torch.nn.functional.dropout(a, 0.0, True),
+    "halves": lambda a, b: torch.cat((a[:, : SIZE // 2], a[:, SIZE // 2 :]), -1),
+    "padded": lambda a, b: torch.cat((a, b[:, SIZE:]), -1),
+    "parts": lambda a, b: torch.cat(b.transpose(0, 1).split(SIZE // 2, -1), 0).view(-1, SIZE),
     "chunk": lambda a, b: a.unsqueeze(0)[0],
 }
 WRITES: dict[str, Callable[[Any, Any], Any]] = {  # of something fresh: eager refuses operands that overlap

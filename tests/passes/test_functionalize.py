@@ -13,13 +13,20 @@ from hypothesis import given
 from torch import fx
 
 from weft.passes.common_subexpressions import CommonSubexpressions
+from weft.passes.drop_identities import DropIdentities
 from weft.passes.functionalize import Functionalize
+from weft.passes.split_once import SplitOnce
 from weft.rewrite.vocabulary import is_in_place
 
 from ..graphs import cases, copied, described, normal, record, targets, trace
 from ..programs import function_of, inputs, programs
 
-PASSES = {"functionalize": Functionalize(), "common subexpressions": CommonSubexpressions()}
+PASSES = {
+    "functionalize": Functionalize(),
+    "common subexpressions": CommonSubexpressions(),
+    "drop identities": DropIdentities(),
+    "split once": SplitOnce(),
+}
 
 
 def results(module: fx.GraphModule, given: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -74,6 +81,7 @@ SAFE: dict[str, Callable[[Any, Any], Any]] = {
     "operator": lambda x, y: record(operator.iadd, x * 2, y),
     "activation": lambda x, y: F.relu(x * 2, inplace=True) + y,
     "positional": lambda x, y: F.silu(x + y, True),
+    "function": lambda x, y: torch.relu_(torch.clamp_min_(x * 2, -1.0)) + y,
     "read before": lambda x, y: _before(x, y),
     "chain": lambda x, y: (x * 2).mul_(y).add_(1.0).clamp_(min=0.0),
 }
@@ -101,6 +109,8 @@ UNSAFE: dict[str, Callable[[Any, Any], Any]] = {
     "view": lambda x, y: (x * 2).view(-1).add_(1.0),
     "base": lambda x, y: _base(x, y),
     "returned too": lambda x, y: _returned(x, y),
+    "function of an input": lambda x, y: torch.clamp_(x, min=0) * y,
+    "threshold": lambda x, y: (F.threshold(h := x * 2, 0, 0, True), h)[1],
     "another type": lambda x, y: (x * 2).to(torch.float32).view(-1).add_(y.view(-1)),
 }
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from weft.rewrite.joint import JointGraph, Recorder, is_random, recompute_problem
+from weft.rewrite.joint import JointGraph, Prepare, Recorder, is_random, recompute_problem
 from weft.rewrite.remat import Choice, Problem, frontier
 from weft.rewrite.sizes import evaluator
 
@@ -24,8 +24,10 @@ class Captured:
         graphs: how many were captured.
     """
 
-    def __init__(self, function: Callable[..., Any], recorded: Recorder | None = None) -> None:
-        self.recorded = recorded
+    def __init__(
+        self, function: Callable[..., Any], recorded: Recorder | None = None, prepared: Prepare | None = None
+    ) -> None:
+        self.recorded, self.prepared = recorded, prepared
         self.graphs = 0
         self.args: tuple[Any, ...] = ()
         self.saved: frozenset[str] | None = None
@@ -33,7 +35,7 @@ class Captured:
 
     def _backend(self, module: fx.GraphModule, fakes: Sequence[Any]) -> Callable[..., Any]:
         self.graphs += 1
-        self.joint = joint = JointGraph(module, fakes, self.recorded)
+        self.joint = joint = JointGraph(module, fakes, self.recorded, self.prepared)
         joint.lower()
 
         def run(*args: Any) -> Any:
