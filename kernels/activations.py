@@ -7,10 +7,18 @@ With σ the logistic function and Φ, φ the distribution and density of the nor
     gelu         x Φ(x)                                Φ + x φ                      arXiv:1606.08415
     gelu_tanh    x (1 + tanh u) / 2 = x σ(2u)          σ + 2 u' x σ (1 - σ)         u = √(2/π) (x + 0.044715 x³)
     relu         max(x, 0)                             [x > 0]
-    relu2        max(x, 0)²                            2 max(x, 0)                  arXiv:2109.08668
+    clamp        max(x, 0)                             [x ≥ 0]                      torch.clamp(x, min=0)
+    maximum      max(x, 0)                             ([x > 0] + [x ≥ 0]) / 2      torch.maximum(x, 0)
+    positive     x > 0 ? x : 0                         [x > 0]                      torch.where(x > 0, x, 0)
+    masked       x · [x > 0]                           [x > 0]
+    relu2, positive2, masked2: their squares           2 a(x) a'(x)                 arXiv:2109.08668
     sigmoid      σ                                     σ (1 - σ)
     tanh         tanh x                                1 - tanh² x
     identity     x                                     1
+
+The five that are max(x, 0) differ at 0, in a', and where x is not finite: of NaN, ``positive`` makes 0, the others NaN;
+of -∞, ``masked`` makes NaN, the others 0. A NaN passes a gradient on in relu and maximum, and none in clamp and positive.
+Squared, the first three are one, but for a NaN's gradient: a slope at 0 is multiplied by 0.
 """
 
 from __future__ import annotations
@@ -42,12 +50,26 @@ def _sigmoid_chain(d: Tensor, x: Tensor) -> Tensor:
     return d * y.mul_(1 - y)
 
 
+def _select(d: Tensor, x: Tensor) -> Tensor:
+    return d.masked_fill_(~(x > 0), 0)
+
+
+def _halve_at_zero(d: Tensor, x: Tensor) -> Tensor:
+    return torch.where(x == 0, d / 2, aten.threshold_backward(d, x, 0))
+
+
 ACTIVATION: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "gelu": F.gelu,
     "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x).square(),
+    "clamp": lambda x: x.clamp(min=0),
+    "maximum": lambda x: torch.maximum(x, x.new_zeros(())),
+    "positive": lambda x: torch.where(x > 0, x, 0),
+    "positive2": lambda x: torch.where(x > 0, x, 0).square(),
+    "masked": lambda x: x * (x > 0),
+    "masked2": lambda x: (x * (x > 0)).square(),
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "identity": torch.clone,
@@ -61,6 +83,12 @@ CHAIN: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "gelu_tanh": _in_place(aten.gelu_backward, approximate="tanh"),
     "relu": _in_place(aten.threshold_backward, 0),
     "relu2": lambda d, x: _in_place(aten.threshold_backward, 0)(d.mul_(x).mul_(2), x),
+    "clamp": lambda d, x: d.masked_fill_(~(x >= 0), 0),
+    "maximum": _halve_at_zero,
+    "positive": _select,
+    "positive2": lambda d, x: _select(d.mul_(x).mul_(2), x),
+    "masked": lambda d, x: d.mul_(x > 0),
+    "masked2": lambda d, x: d.mul_(x * (x > 0)).mul_(2).mul_(x > 0),
     "sigmoid": _sigmoid_chain,
     "tanh": lambda d, x: d * (1 - torch.tanh(_wide(x)).square_()),
     "identity": lambda d, x: d,
@@ -97,16 +125,29 @@ def curve(x, d, ACTIVATION: tl.constexpr):
         below = 0.5 * (1 + tl.math.erf(x * 0.7071067811865476))
         y = x * below
         dx = d * (below + x * (0.3989422804014327 * tl.exp(-0.5 * x * x)))
-    elif ACTIVATION == "relu":
+    elif ACTIVATION == "relu" or ACTIVATION == "relu2":
         y = tl.where(x <= 0, 0.0, x)
         dx = tl.where(x <= 0, 0.0, d)
-    elif ACTIVATION == "relu2":
-        y = tl.where(x <= 0, 0.0, x * x)
-        dx = tl.where(x <= 0, 0.0, 2 * x * d)
+    elif ACTIVATION == "clamp":
+        y = tl.where(x <= 0, 0.0, x)
+        dx = tl.where(x >= 0, d, 0.0)
+    elif ACTIVATION == "maximum":
+        y = tl.where(x <= 0, 0.0, x)
+        dx = tl.where(x == 0, 0.5 * d, tl.where(x < 0, 0.0, d))
+    elif ACTIVATION == "positive" or ACTIVATION == "positive2":
+        y = tl.where(x > 0, x, 0.0)
+        dx = tl.where(x > 0, d, 0.0)
+    elif ACTIVATION == "masked" or ACTIVATION == "masked2":
+        mask = tl.where(x > 0, 1.0, 0.0)
+        y = x * mask
+        dx = d * mask
     elif ACTIVATION == "sigmoid":
         y = tl.sigmoid(x)
         dx = d * y * (1 - y)
     elif ACTIVATION == "tanh":
         y = _tanh(x)
         dx = d * (1 - y * y)
+    if ACTIVATION == "relu2" or ACTIVATION == "positive2" or ACTIVATION == "masked2":
+        dx = 2 * y * dx
+        y = y * y
     return y, dx

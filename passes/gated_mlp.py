@@ -27,10 +27,22 @@ ACTIVATIONS = {
     "quick_gelu": lambda g: g * torch.sigmoid(1.702 * g),
     "relu": F.relu,
     "relu2": lambda g: F.relu(g) ** 2,
+    "clamp": lambda g: torch.clamp_min(g, 0),
+    "maximum": lambda g: torch.maximum(g, g.new_zeros(())),
+    "positive": lambda g: torch.where(g > 0, g, 0),
+    "masked": lambda g: g * (g > 0),
+    "relu2, clamp": lambda g: torch.clamp_min(g, 0) ** 2,
+    "relu2, maximum": lambda g: torch.maximum(g, g.new_zeros(())) ** 2,
+    "positive2": lambda g: torch.where(g > 0, g, 0) ** 2,
+    "masked2": lambda g: (g * (g > 0)) ** 2,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
-"""The spellings of each activation; what follows a comma only tells spellings apart."""
+"""The spellings of each activation; what follows a comma only tells spellings apart.
+
+A relu by hand is an activation of its own where it differs from the others at 0, at NaN or at infinity. No spelling of any
+is x·y·(x > 0), or x²·(x > 0): where the product overflows, the mask comes too late, and makes NaN.
+"""
 
 
 class FuseGatedMlp(RewriteRule):

@@ -1,6 +1,7 @@
 """The last linear and the cross-entropy behind it become one operator that never holds the logits.
 
-The loss may be spelt by hand: −log_softmax(z) at each label, picked by ``gather``.
+The loss may be spelt by hand: −log_softmax(z), or log Σ exp z − z, at each label. What is not taken for it: the logarithm
+of a softmax, which is −∞ where that has underflowed, and ``take_along_dim``, which does not check labels (torch 2.13).
 """
 
 from __future__ import annotations
@@ -41,27 +42,25 @@ class FuseLinearCrossEntropy(RewriteRule):
 
     name = "linear_cross_entropy"
     variants = {
-        "scaled": ("not", "multiplied", "divided"),
-        "capped": ("not", "divided", "multiplied"),
+        "scaled": (False, True),
+        "capped": (False, True),
         "shifted": (False, True),
-        "loss": ("cross_entropy", "nll", "picked"),
+        "loss": ("cross_entropy", "nll", "picked", "lost"),
     }
 
     def pattern(
-        self, x: Any, w: Any, b: Any, t: Any, scale: Any, cap: Any, cap2: Any, index: Any, class_weight: Any,
-        ignore_index: Any, reduction: Any, smoothing: Any,
-        *, scaled: str, capped: str, shifted: bool, loss: str,
+        self, x: Any, w: Any, b: Any, t: Any, scale: Any, cap: Any, index: Any, class_weight: Any,
+        ignore_index: Any, reduction: Any, smoothing: Any, how: Any,
+        *, scaled: bool, capped: bool, shifted: bool, loss: str,
     ) -> Any:  # fmt: skip
         """Logits scaled and capped or not, flattened or not, sliced by one position or not."""
-        if capped == "multiplied" and scaled != "not":
-            return None  # two factors are one
         z = F.linear(x, w, b)
-        z = z * scale if scaled == "multiplied" else z / scale if scaled == "divided" else z
-        inner = z * cap if capped == "multiplied" else z / cap
-        z = z if capped == "not" else torch.tanh(inner) * cap2
+        z = z * scale if scaled else z
+        z = torch.tanh(z) * cap if capped else z
         read = rows(z[index] if shifted else z)
-        if loss == "picked":
-            return picked(F.log_softmax(read, -1), t), z
+        if loss in ("picked", "lost"):
+            chosen = picked(F.log_softmax(read, -1), t, how)
+            return chosen if loss == "picked" else -chosen, z
         if loss == "nll":
             return F.nll_loss(F.log_softmax(read, -1), t, class_weight, None, ignore_index, None, reduction), z
         return F.cross_entropy(read, t, class_weight, None, ignore_index, None, reduction, smoothing), z
@@ -71,12 +70,12 @@ class FuseLinearCrossEntropy(RewriteRule):
         labels = m.t.meta.get("val") if isinstance(m.t, fx.Node) else None
         if labels is None or labels.is_floating_point() or m.class_weight is not None:
             return self.refuse(m, "the labels are probabilities, or classes are weighted")
-        constants = (m.scale, m.cap, m.cap2, m.ignore_index, m.smoothing)
-        reduced = m.loss == "picked" or m.reduction in ("mean", "sum", "none")
+        constants = (m.scale, m.cap, m.ignore_index, m.smoothing)
+        reduced = m.loss in ("picked", "lost") or m.reduction in ("mean", "sum", "none")
         if any(isinstance(c, fx.Node) for c in constants) or not reduced:
             return self.refuse(m, "an option of the loss is computed by the graph, not a constant")
-        if 0 in (m.scale, m.cap, m.cap2):
-            return self.refuse(m, "the logits are multiplied or divided by 0")
+        if 0 in (m.scale, m.cap):
+            return self.refuse(m, "the logits are multiplied by 0")
         if m.shifted and not _keeps_features(m.index):
             return self.refuse(m, f"the logits are indexed with {m.index}")
         readers = _other_readers(m)
@@ -93,14 +92,18 @@ class FuseLinearCrossEntropy(RewriteRule):
         scale, cap = _scale_and_cap(m)
         read = x[m.index] if m.shifted else x
         labels = t if len(sizes(m.t)) == 1 else t.reshape(-1)
-        if m.loss == "picked":
+        by_hand = m.loss in ("picked", "lost")
+        if by_hand:
             ignore_index, reduction = NONE_IGNORED, "none"
+        if m.how == "counted":
+            labels = labels + (labels < 0) * sizes(m.w)[0]
         loss = call(
             linear_cross_entropy, read.reshape(-1, sizes(m.x)[-1]), w, b, labels, ignore_index=ignore_index,
             label_smoothing=float(smoothing or 0.0), softcap=cap, logit_scale=scale, reduction=reduction,
         )  # fmt: skip
-        if m.loss == "picked":
-            loss = (-loss).view(sizes(m.root))
+        if by_hand:
+            loss = (-loss if m.loss == "picked" else loss).view_as(t)
+            loss = loss.squeeze(-1) if m.how == "squeezed" else loss
         if dtype_of(m.root) != (torch.float64 if product_dtype(m.x) == torch.float64 else torch.float32):
             loss = loss.to(dtype_of(m.root))
         kind = dtype_of(m.outputs[1])
@@ -112,13 +115,11 @@ class FuseLinearCrossEntropy(RewriteRule):
 
 def _scale_and_cap(m: Match) -> tuple[float, float]:
     """s and c of c · tanh(s z / c), c = 0 without it: what is in front of tanh need not be 1/c, and is a scale then."""
-    scale = 1.0 if m.scale is None else float(m.scale) if m.scaled == "multiplied" else 1.0 / float(m.scale)
-    if m.capped == "not":
+    scale = 1.0 if m.scale is None else float(m.scale)
+    if not m.capped:
         return scale, 0.0
-    inner = float(m.cap) if m.capped == "multiplied" else 1.0 / float(m.cap)
-    cap = float(m.cap2)
-    factor = inner * cap
-    return scale if math.isclose(factor, 1.0, rel_tol=1e-7) else scale * factor, cap
+    cap = float(m.cap)
+    return 1.0 if math.isclose(scale * cap, 1.0, rel_tol=1e-7) else scale * cap, cap
 
 
 def _dropped(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:

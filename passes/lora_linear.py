@@ -26,20 +26,27 @@ from .storage import (
 
 PLACES = {
     "after twice": ("after", "after"),
+    "after, and divided": ("after", "after, divided"),
+    "divided, and after": ("after, divided", "after"),
     "between and after": ("between", "after"),
     "after": ("", "after"),
+    "divided": ("", "after, divided"),
     "between": ("", "between"),
+    "between, divided": ("", "between, divided"),
     "before": ("", "before"),
     "not": ("", ""),
 }
-"""Where the wildcards ``gain`` and ``scale`` are applied: before both products, between them, or after both."""
+"""Where the wildcards ``gain`` and ``scale`` are applied: before both products, between them, or after both.
+
+What a tensor divides is told apart, since one over it is no value of the graph. A number's inverse is a number.
+"""
 
 
 class FuseLoraLinear(RewriteRule):
-    """x Wᵀ + b + s (x Aᵀ) Bᵀ  →  lora_linear(x, W, b, A, B, s)
+    """x Wᵀ + b ± s (x Aᵀ) Bᵀ  →  lora_linear(x, W, b, A, B, ±s)
 
     A scale that the graph computes is taken into the factor beside it: one number a feature, as in DoRA and VeRA, scales
-    the rows of B, the columns of B, or the columns of A.
+    the rows of B, the columns of B, or the columns of A; a tensor of no dimension all of B, or of A.
     """
 
     name = "lora_linear"
@@ -47,19 +54,20 @@ class FuseLoraLinear(RewriteRule):
         "base": ("rows", "columns", "4-bit", "any"),
         "down": ("rows", "columns"),
         "scaled": tuple(PLACES),
+        "sign": (1.0, -1.0),
     }
 
     def pattern(
         self, x: Any, w: Any, xa: Any, a: Any, b: Any, scale: Any, gain: Any, y: Any,
         packed: Any, shape: Any, absmax: Any, block: Any, kind: Any, bias: Any, absmax8: Any, code: Any, offset: Any,
-        *, base: str, down: str, scaled: str,
+        *, base: str, down: str, scaled: str, sign: float,
     ) -> Any:  # fmt: skip
-        """Any storage of the base, adapters by rows (PEFT) or by columns, the scale wherever it is applied."""
+        """Any storage of the base, adapters by rows (PEFT) or by columns, added or taken off, the scale wherever it is."""
         product = F.linear if down == "rows" else lambda t, m: columns(t, m, None)
 
         def applied(t: Any, here: str) -> Any:
             for factor, place in zip((gain, scale), PLACES[scaled], strict=True):
-                t = t * factor if place == here else t
+                t = t * factor if place == here else t / factor if place == f"{here}, divided" else t
             return t
 
         update = applied(product(applied(product(applied(xa, "before"), a), "between"), b), "after")
@@ -69,7 +77,7 @@ class FuseLoraLinear(RewriteRule):
             "4-bit": lambda: gemm_4bit(x, packed, shape, absmax, block, kind, bias, absmax8, code, offset),
             "any": lambda: y,
         }
-        return bases[base]() + update
+        return bases[base]() + update if sign > 0 else bases[base]() - update
 
     def accepts(self, m: Match) -> bool:
         """A scale is a number, or one a feature: two linears around an activation or a gate are no adapter."""
@@ -80,7 +88,7 @@ class FuseLoraLinear(RewriteRule):
         if len(sizes(m.a)) != 2 or len(sizes(m.b)) != 2:
             return self.refuse(m, f"the adapter's factors have shapes {list(sizes(m.a))} and {list(sizes(m.b))}")
         factor = m.a if m.scaled == "before" else m.b
-        if any(isinstance(s, fx.Node) and dtype_of(s) != dtype_of(factor) for s in (m.scale, m.gain)):
+        if any(isinstance(s, fx.Node) and sizes(s) and dtype_of(s) != dtype_of(factor) for s in (m.scale, m.gain)):
             return self.refuse(m, f"the scale is no constant and not in the adapter's dtype {dtype_of(factor)}")
         if m.base == "any" and sizes(m.y) != sizes(m.root):
             return self.refuse(m, "what the update is added to is broadcast")
@@ -95,7 +103,7 @@ class FuseLoraLinear(RewriteRule):
         """The operator for the base's storage; an unknown base product stays, and is updated."""
         if m.down == "columns":
             a, b = a.t(), b.t()
-        constant = 1.0
+        constant = m.sign
         for given, place in zip((gain, scale), PLACES[m.scaled], strict=True):
             if isinstance(given, fx.Proxy):
                 a, b = _scale_factor(place, a, b, given)
@@ -122,8 +130,12 @@ def _is_row(scale: Any) -> bool:
 
 
 def _scale_factor(place: str, a: Any, b: Any, scale: Any) -> tuple[Any, Any]:
-    """The factors with ``scale`` taken in."""
-    row = scale.reshape(1, -1)
-    if place == "before":
-        return a * row, b
-    return a, b * row if place == "between" else b * row.t()
+    """The factors with ``scale`` taken in.
+
+    One without a dimension is not given any: as it is, it may be on the host, and of a wider dtype that changes no result's.
+    """
+    where, _, divided = place.partition(", ")
+    if sizes(scale.node):
+        scale = scale.reshape(-1, 1) if where == "after" else scale.reshape(1, -1)
+    scale = scale.reciprocal() if divided else scale
+    return (a * scale, b) if where == "before" else (a, b * scale)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from .algebra_reductions import summed
@@ -54,7 +55,7 @@ def _negated(v: View, x: Any) -> Expr | None:
 @equation("cat")
 def joined_with_a_negative(v: View, at: Site, tensors: Any, dim: Any = 0) -> Expr | None:
     """(a, −b) = −(−a, b)"""
-    pair = _opposite(v, *tensors) if len(tensors) == 2 else None
+    pair = _opposite(v, *tensors) if isinstance(tensors, tuple) and len(tensors) == 2 else None
     return v.intern("neg", (v.make("cat", pair, dim),), at.node) if pair else None
 
 
@@ -98,20 +99,16 @@ def square_of_itself(v: View, at: Site, x: Any, y: Any) -> Expr | None:
 
 @equation("div")
 def division(v: View, at: Site, x: Any, y: Any, rounding_mode: Any = None) -> Expr | None:
-    """x / y = x · y⁻¹;  Σx / n = mean x;  x·c / d = x · (c/d)  of two numbers"""
+    """x / y = x · y⁻¹;  x / c = x · (1/c)  of a number;  Σx / n = mean x"""
     if rounding_mode is not None:
         return None
     total = op_of(x, "sum")
     if total and is_number(y) and summed(total) == y:
         return v.make("mean", *total.args[:3], None, node=at.node)
-    root = op_of(x, "sqrt")
-    if root and is_number(y) and y:
+    if is_number(y) and y:
         return v.make("mul", x, 1.0 / y, node=at.node)
     if is_number(x) and x == 1:
         return v.make("reciprocal", y, node=at.node)
-    inner, c = numeric_factor(x)
-    if is_number(y) and y and c is not None:
-        return v.make("mul", inner, c / y, node=at.node)
     return v.make("mul", x, v.make("reciprocal", y), node=at.node)
 
 
@@ -150,7 +147,8 @@ def powers(v: View, at: Site, x: Any, y: Any) -> Expr | None:
 @equation("clamp")
 def lower_bound(v: View, at: Site, x: Any, low: Any, high: Any) -> Expr | None:
     """clamp(x, min=c) = clamp_min(x, c)"""
-    return v.make("clamp_min", x, low, node=at.node) if high is None and low is not None else None
+    above = high is None or (is_number(high) and high == math.inf)
+    return v.make("clamp_min", x, low, node=at.node) if above and low is not None else None
 
 
 @equation("relu", "silu", "dropout")
@@ -161,7 +159,7 @@ def functional(v: View, at: Site, x: Any, *options: Any) -> Expr | None:
 
 @equation("mul")
 def two_factors(v: View, at: Site, x: Any, y: Any) -> Expr | None:
-    """(x·c)·d = x·(c·d);  x/c · d = x·(d/c)  of two numbers"""
+    """(x·c)·d = x·(c·d)  of two numbers"""
     for product, d in ((x, y), (y, x)):
         inner, c = numeric_factor(product)
         if is_number(d) and c is not None:

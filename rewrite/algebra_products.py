@@ -1,4 +1,4 @@
-"""Equations of linears, dense and quantized, and of the losses that read their rows."""
+"""Equations of linears, dense and quantized."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import fx
 
-from .equation import Site, equation, from_the_end, numeric_factor, op_of
-from .expr import Expr, View, last_size, rank, strip_casts
+from .equation import Site, equation, op_of
+from .expr import Expr, View, last_size, rank
 from .graph import autograd_body, sizes
 from .vocabulary import bind, operation
 
@@ -34,17 +34,29 @@ def matrix_product(v: View, at: Site, x: Any, y: Any) -> Expr | None:
 
 @equation("linear")
 def merged_adapter(v: View, at: Site, x: Any, weight: Any, bias: Any = None) -> Expr | None:
-    """x (W + s·BA)ᵀ + b = x Wᵀ + b + s·(x Aᵀ) Bᵀ  where BA has a lower rank than W"""
-    total = op_of(weight, "add") if not v.pattern else None
-    for w, update in (total.args, total.args[::-1]) if total else ():
-        low, scale = numeric_factor(update)
-        low = op_of(low, "linear_columns")
-        if low is not None and _is_low_rank(low):
+    """x (W ± s·BA)ᵀ + b = x Wᵀ + b ± s·(x Aᵀ) Bᵀ  where BA has a lower rank than W, and s no dimension"""
+    total = op_of(weight, "add", "sub") if not v.pattern else None
+    if total is None:
+        return None
+    for w, update in (total.args, total.args[::-1]) if total.op == "add" else (total.args,):
+        low, scale = _low_rank_product(update)
+        if low is not None:
             b, a, _ = low.args
             adapter = v.make("linear", v.make("linear", x, a, None), b, None)
             adapter = adapter if scale is None else v.make("mul", adapter, scale)
-            return v.make("add", v.make("linear", x, w, bias), adapter, node=at.node)
+            return v.make(total.op, v.make("linear", x, w, bias), adapter, node=at.node)
     return None
+
+
+def _low_rank_product(update: Any) -> tuple[Expr | None, Any]:
+    """BA and s where ``update`` is s·BA."""
+    product = op_of(update, "mul")
+    for low, scale in (product.args, product.args[::-1]) if product else ((update, None),):
+        low = op_of(low, "linear_columns")
+        divisor = scale.args[0] if isinstance(scale, Expr) and scale.op == "reciprocal" else scale
+        if low is not None and _is_low_rank(low) and (not isinstance(divisor, Expr) or rank(divisor) == 0):
+            return low, scale
+    return None, None
 
 
 def _is_low_rank(low: Expr) -> bool:
@@ -140,58 +152,3 @@ def packed_bytes(v: View, at: Site, x: Any, weight: Any, *storage: Any) -> Expr 
     while isinstance(weight, Expr) and weight.op in ("view", "transposed"):
         weight = weight.args[0]
     return v.intern("gemm_4bit", (x, weight, *storage), at.node)
-
-
-@equation("log_softmax")
-def probabilities_of_one_dimension(v: View, at: Site, x: Any, dim: Any, *options: Any) -> Expr | None:
-    """A softmax names its dimension from the end; the dtype that it computes in is a cast."""
-    return v.make("log_softmax", x, from_the_end(dim, x), node=at.node) if options else None
-
-
-@equation("cross_entropy", "log_softmax")
-def over_rows(v: View, at: Site, x: Any, *options: Any) -> Expr | None:
-    """A loss over classes reads rows, whether or not its input was flattened to rows, or classes put first, for it."""
-    if not isinstance(x, Expr) or x.op == "rows" or v.pattern:
-        return None
-    inner = strip_casts(x, only_widening=False)
-    if rank(x) == 3 and at.op == "cross_entropy" and inner.op == "transposed":
-        return v.intern(at.op, (v.intern("rows", inner.args, inner.node), *options), at.node)
-    flat = inner.args[0] if inner.op in ("view", "flatten") and _keeps_last(inner) else inner
-    if rank(x) != 2 or not isinstance(flat, Expr):
-        return None
-    return v.intern(at.op, (v.intern("rows", (flat,), inner.node), *options), at.node)
-
-
-@equation("view", "flatten")
-def rows_of_log_probabilities(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
-    """log_softmax(x) flattened to rows is the log_softmax of rows."""
-    inner = op_of(x, "log_softmax")
-    if inner is None or inner.args[1] != -1 or at.node is None or not isinstance(inner.args[0], Expr):
-        return None
-    before, after = sizes(x.node) if x.node is not None else (), sizes(at.node)
-    if len(after) != 2 or len(before) < 3 or before[-1] != after[-1]:
-        return None
-    return v.intern("log_softmax", (v.intern("rows", inner.args[:1]), -1), at.node)
-
-
-@equation("gather")
-def log_probability_of_a_label(v: View, at: Site, x: Any, dim: Any, index: Any, *_: Any) -> Expr | None:
-    """What gather picks of each row of log_softmax(x), one number, is picked of the rows."""
-    inner = op_of(strip_casts(x, only_widening=False), "log_softmax") if isinstance(x, Expr) else None
-    if inner is None or inner.args[1] != -1 or from_the_end(dim, x) != -1 or not isinstance(index, Expr):
-        return None
-    shapes = [sizes(e.node) if e.node is not None else () for e in (x, index)]
-    if not shapes[0] or shapes[1] != (*shapes[0][:-1], 1):
-        return None
-    source = inner.args[0]
-    rows = source if op_of(source, "rows") else v.intern("rows", (source,), getattr(source, "node", None))
-    return v.intern("picked", (v.intern("log_softmax", (rows, -1), inner.node), index), at.node)
-
-
-def _keeps_last(x: Expr) -> bool:
-    """Whether a reshape flattens leading dimensions alone."""
-    inner = x.args[0]
-    if not isinstance(inner, Expr) or inner.node is None or x.node is None:
-        return False
-    before, after = sizes(inner.node), sizes(x.node)
-    return len(after) == 2 and len(before) >= 2 and before[-1] == after[-1]

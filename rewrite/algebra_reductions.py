@@ -125,8 +125,8 @@ def _kept(v: View, x: Any) -> Expr | None:
     """``x``, a reduction over the last dimension or a function of one alone, with that dimension kept."""
     if is_number(x) or not isinstance(x, Expr):
         return None
-    if x.op in ("mean", "sum") and x.args[1:3] == (-1, False):
-        return v.make(x.op, x.args[0], -1, True, *x.args[3:])
+    if x.op in ("mean", "sum", "logsumexp") and x.args[1:3] == (-1, False):
+        return v.intern(x.op, (x.args[0], -1, True))
     if x.op == "cast":
         inner = _kept(v, x.args[0])
         return None if inner is None else v.intern("cast", (inner, *x.args[1:]))

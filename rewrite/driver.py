@@ -154,7 +154,8 @@ def _computing(match: Match) -> list[fx.Node]:
     for node in nodes:
         if not reached.isdisjoint(node.all_input_nodes):
             reached.add(node)
-    beyond = above.intersection(nodes) - reached
+    # what has no inputs, such as a tensor of zeros, can be known to an equation: were it outside, a replay would draw it
+    beyond = {n for n in above.intersection(nodes) - reached if n.all_input_nodes or n.op == "get_attr"}
     return g.backward_slice(match.outputs, beyond.union(inputs)) if beyond else nodes
 
 

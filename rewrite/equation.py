@@ -62,12 +62,9 @@ def from_the_end(dim: Any, x: Any) -> Any:
 
 
 def numeric_factor(x: Any) -> tuple[Any, float | None]:
-    """y and c where ``x`` is y·c, or y/d and c = 1/d, for a number c; else ``x`` and None."""
+    """y and c where ``x`` is y·c for a number c; else ``x`` and None."""
     product = op_of(x, "mul")
     for y, c in (product.args, product.args[::-1]) if product else ():
-        divisor = c.args[0] if isinstance(c, Expr) and c.op == "reciprocal" else None
         if isinstance(c, int | float):
             return y, c
-        if isinstance(divisor, int | float) and divisor:
-            return y, 1.0 / divisor
     return x, None

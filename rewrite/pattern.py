@@ -122,9 +122,10 @@ def rows(x: Any) -> Any:
     return _record("rows", x)
 
 
-def picked(x: Any, index: Any) -> Any:
-    """In a pattern: of each row of x the number at one index, as ``gather`` along the last dimension picks it."""
-    return _record("picked", x, index)
+def picked(x: Any, labels: Any, how: Any) -> Any:
+    """In a pattern: of each row of x the number at a label. ``how`` is "as given", "squeezed" or "counted":
+    in the shape of the labels, or that without its last dimension, or, too, labels below 0 count from the end."""
+    return _record("picked", x, labels, how)
 
 
 def repeated(x: Any, times: Any, dim: int) -> Any:

@@ -167,6 +167,12 @@ PLAIN: dict[str, Any] = {
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
     "relu2": lambda x: F.relu(x) ** 2,
+    "clamp": lambda x: torch.clamp_min(x, 0),
+    "maximum": lambda x: torch.maximum(torch.zeros_like(x), x),
+    "positive": lambda x: torch.where(x > 0, x, 0),
+    "positive2": lambda x: torch.where(x > 0, x, 0) ** 2,
+    "masked": lambda x: x * (x > 0),
+    "masked2": lambda x: (x * (x > 0)) ** 2,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
     "identity": lambda x: x,
@@ -213,6 +219,23 @@ def test_relu_discards_infinite_gradients(implementation: Backend) -> None:
         with backend(implementation):
             (grad,) = torch.autograd.grad(gated_activation(gate, up, activation).sum(), gate)
         assert grad.tolist() == [0.0, 0.0, float("inf")]
+
+
+@both
+@every_dtype
+@pytest.mark.parametrize(
+    "activation", ("relu", "relu2", "clamp", "maximum", "positive", "positive2", "masked", "masked2")
+)
+def test_slopes_of_each_relu_where_they_differ(implementation: Backend, dtype: torch.dtype, activation: str) -> None:
+    """At 0, at NaN and at infinity, of a gradient that is a number, and of one that is none."""
+    gate, grad = (
+        torch.cartesian_prod(torch.tensor((*SPECIAL, -0.0)), torch.tensor(SPECIAL)).to(DEVICE, dtype).unbind(-1)
+    )
+    ours, theirs = (gate.clone().requires_grad_() for _ in range(2))
+    with backend(implementation):
+        (found,) = torch.autograd.grad(gated_activation(ours, torch.ones_like(gate), activation), ours, grad)
+    (wanted,) = torch.autograd.grad(PLAIN[activation](theirs), theirs, grad)
+    torch.testing.assert_close(found, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def test_halves_are_read_in_place() -> None:

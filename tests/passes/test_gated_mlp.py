@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from typing import Any
 
 import pytest
@@ -13,11 +14,33 @@ from hypothesis import strategies as st
 
 from weft.passes.gated_mlp import FuseGatedMlp
 
-from ..graphs import cases, check, normal, targets
+from ..graphs import apply, cases, check, here, normal, record, targets, trace
 
 RULES = [FuseGatedMlp()]
 SIZE = 6
 
+RELUS = {
+    "clamp": lambda g: g.clamp(min=0),
+    "clamp, no bound above": lambda g: torch.clip(g, 0.0, math.inf),
+    "clamp_min": lambda g: torch.clamp_min(g, 0),
+    "clamp by zeros": lambda g: g.clamp(min=g.new_zeros(())),
+    "clamp in place": lambda g: (g * 1.0).clamp_min_(0),
+    "maximum": lambda g: torch.maximum(g, torch.zeros_like(g)),
+    "maximum, turned": lambda g: torch.maximum(torch.full_like(g, 0), g),
+    "max": lambda g: g.max(g.new_zeros(1)),
+    "masked": lambda g: g * (g > 0),
+    "masked by numbers": lambda g: (g > 0.0).to(g.dtype) * g,
+    "masked, turned": lambda g: (g.new_zeros(()) < g).type_as(g) * g,
+    "where": lambda g: torch.where(g > 0, g, 0),
+    "where, zeros": lambda g: torch.where(torch.greater(g, torch.zeros_like(g)), g, torch.zeros_like(g)),
+    "where, method": lambda g: g.where(g > 0, 0.0),
+    "where, turned": lambda g: torch.where(g <= 0, 0, g),
+    "where, below 0": lambda g: torch.where(g < 0, g.new_zeros(()), g),
+    "masked_fill": lambda g: g.masked_fill(g <= 0, 0),
+    "masked_fill of the others": lambda g: g.masked_fill(~(g > 0), 0.0),
+    "threshold": lambda g: F.threshold(g, 0, 0),
+}
+"""max(x, 0) by hand. They differ at 0, in the gradient, and in what becomes of NaN and infinity."""
 ACTIVATIONS = {
     "silu": F.silu,
     "silu, keyword": lambda g: F.silu(g, inplace=False),
@@ -37,6 +60,8 @@ ACTIVATIONS = {
     "relu²": lambda g: torch.square(F.relu(g)),
     "relu · relu": lambda g: torch.relu(g) * torch.relu(g),
     "relu ** 2": lambda g: F.relu(g) ** 2,
+    **RELUS,
+    **{f"({name})²": lambda g, relu=relu: relu(g).square() for name, relu in RELUS.items()},
     "sigmoid": torch.sigmoid,
     "tanh": lambda g: g.tanh(),
 }
@@ -108,6 +133,18 @@ NEAR = {
     "broadcast": lambda x, y: F.silu(x[..., :1]) * y,
     "broadcast up": lambda x, y: F.silu(x) * y[:1],
     "by itself": lambda x, y: F.relu(x) * x,
+    "clamped elsewhere": lambda x, y: x.clamp(min=1) * y + x.clamp(-1, 1) * y + x.clamp(max=0) * y,
+    "the larger of others": lambda x, y: torch.maximum(x, torch.ones_like(x)) * y + torch.maximum(x, -x) * y,
+    "the larger number": lambda x, y: torch.fmax(x, torch.zeros_like(x)) * y,
+    "masked by another": lambda x, y: x * (y > 0) * 2.0 + torch.where(y > 0, x, 0) * 2.0,
+    "masked by another, gated": lambda x, y: x * (y > 0) * y,
+    "masked at 0 too": lambda x, y: x * (x >= 0) * y + torch.where(x >= 0, x, 0) * y,
+    "masked as a product": lambda x, y: x * y * (x > 0),
+    "masked as a square": lambda x, y: x**2 * (x > 0) * y + torch.where(x > 0, x**2, 0) * y,
+    "masked where it rounds to 0": lambda x, y: x * (x.half() > 0) * y + torch.where(x.half() <= 0, 0, x) * y,
+    "another slope": lambda x, y: torch.where(x > 0, x, 0.1 * x) * y + F.threshold(x, 0, 0.5) * y,
+    "zeros that broadcast": lambda x, y: torch.maximum(x[..., :1], torch.zeros_like(x)) * y,
+    "a mean of values and sizes": lambda x, y: (x + x.abs()) / 2 * y,
 }
 """No gates of two tensors of one shape."""
 
@@ -131,6 +168,47 @@ def test_what_may_be_read_in_several_ways(name: str) -> None:
     inputs = {"x": normal(0, 2, 3, SIZE, grad=True), "y": normal(1, 2, 3, SIZE, grad=True)}
     _, outcome = check(SEVERAL[name], inputs, RULES, terms=4, verify=True)
     assert outcome.rewrites
+
+
+@pytest.mark.parametrize("name", ["relu", "relu ** 2", *RELUS, *(f"({name})²" for name in RELUS)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_slopes_at_zero_are_those_of_the_spelling(name: str, dtype: torch.dtype) -> None:
+    x, y = normal(0, 4, 8, SIZE, dtype=dtype), normal(1, 4, 8, SIZE, dtype=dtype, grad=True)
+    inputs = {"x": torch.where(x.abs() < 0.7, torch.copysign(x.new_zeros(()), x), x).requires_grad_(), "y": y}
+    check(lambda x, y: ACTIVATIONS[name](x) * y, inputs, RULES, count=1, terms=4, verify="in place" not in name)
+
+
+@pytest.mark.parametrize("name", ["relu", "relu ** 2", *RELUS, *(f"({name})²" for name in RELUS)])
+def test_nan_and_infinity_go_where_the_spelling_puts_them(name: str) -> None:
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.0, -0.0, 0.0, 2.0])
+    x, y = torch.cartesian_prod(special, special).unbind(-1)
+    module = trace(lambda x, y: ACTIVATIONS[name](x) * y, {"x": x, "y": y})
+    wanted = module(x, y)
+    assert apply(module, RULES).rewrites
+    torch.testing.assert_close(module(x, y), wanted, equal_nan=True)
+
+
+def test_zeros_that_are_written_to_are_no_zeros() -> None:
+    def gated(x: Any, y: Any) -> Any:
+        bound = torch.zeros_like(x)
+        record(operator.setitem, bound, 0, 1.5)
+        return torch.maximum(x, bound) * y
+
+    inputs = {"x": normal(0, 2, 3, SIZE), "y": normal(1, 2, 3, SIZE)}
+    _, outcome = check(gated, inputs, RULES, count=0, terms=4)
+    assert "overwrites" in outcome.refusals[0].reason
+
+
+def test_zeros_that_several_gates_share() -> None:
+    """The first gate, of which the second is made, is made of the zeros too."""
+
+    def gated(x: Any, y: Any) -> Any:
+        zeros = here(x, torch.zeros, ())
+        return torch.maximum(torch.maximum(x, zeros) * y, zeros) * y
+
+    inputs = {"x": normal(0, 2, 3, SIZE, grad=True), "y": normal(1, 2, 3, SIZE, grad=True)}
+    module, _ = check(gated, inputs, RULES, count=2, terms=4, verify=True)
+    assert targets(module) == ["gated_activation"] * 2
 
 
 PARTS = {

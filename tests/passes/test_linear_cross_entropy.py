@@ -176,63 +176,6 @@ def test_spellings_that_reorder_or_rescale(name: str) -> None:
     check(MATRICES[name], inputs, RULES, count=1, terms=8 * CLASSES, verify=True)
 
 
-def mean_of(picked: Any, mask: Any) -> Any:
-    """What a loop of one's own makes of log probabilities."""
-    return -(picked.squeeze(-1) * mask).sum() / mask.sum()
-
-
-PICKED = {
-    "method": lambda x, w, t: mean_of(F.linear(x, w).log_softmax(-1).gather(-1, t[..., None]), t > 2),
-    "function": lambda x, w, t: -torch.gather(F.log_softmax(F.linear(x, w), dim=2), 2, t.unsqueeze(2)).mean(),
-    "shifted": lambda x, w, t: mean_of(
-        F.log_softmax(F.linear(x, w)[:, :-1], dim=-1, dtype=torch.float32).gather(-1, t[:, 1:].unsqueeze(-1)),
-        t[:, 1:] > 2,
-    ),
-    "rows": lambda x, w, t: -F.linear(x, w).view(-1, CLASSES).log_softmax(-1).gather(1, t.view(-1, 1)).sum(),
-    "capped": lambda x, w, t: (
-        -(torch.tanh(F.linear(x, w) / 2.0) * 2.0).float().log_softmax(-1).gather(-1, t[..., None])
-    ),
-    "beside the logits": lambda x, w, t: (-(z := F.linear(x, w)).log_softmax(-1).gather(-1, t[..., None]).sum(), z),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", PICKED)
-def test_log_probabilities_picked_by_hand(name: str, dtype: torch.dtype) -> None:
-    inputs = {
-        "x": normal(0, 2, 3, HIDDEN, dtype=dtype, grad=True),
-        "w": normal(1, CLASSES, HIDDEN, dtype=dtype, grad=True),
-    }
-    inputs["t"] = torch.tensor([[3, 1, 0], [1, 5, 9]])
-    module, _ = check(PICKED[name], inputs, RULES, count=1, terms=8 * CLASSES)
-    assert "gather" not in targets(module)
-
-
-PICKED_NEAR = {
-    "of another dimension": lambda z, t: z.log_softmax(-1).gather(1, t[:, :1, None].expand(-1, -1, CLASSES)),
-    "several a row": lambda z, t: z.log_softmax(-1).gather(-1, t[:, :, None].expand(-1, -1, 2)),
-    "of a part": lambda z, t: z.log_softmax(-1).gather(-1, t[:, :2, None]),
-    "of probabilities": lambda z, t: z.softmax(-1).gather(-1, t[..., None]),
-    "with an entropy": lambda z, t: (p := z.log_softmax(-1)).gather(-1, t[..., None]).sum() - (p.exp() * p).sum(),
-}
-
-
-@pytest.mark.parametrize("name", PICKED_NEAR)
-def test_what_is_picked_otherwise_is_left_alone(name: str) -> None:
-    inputs = {"x": normal(0, 2, 3, HIDDEN, grad=True), "w": normal(1, CLASSES, HIDDEN, grad=True)}
-    inputs["t"] = torch.tensor([[3, 1, 0], [1, 5, 9]]) % 3
-    check(lambda x, w, t: PICKED_NEAR[name](F.linear(x, w), t), inputs, RULES, count=0, terms=8 * CLASSES)
-
-
-def test_a_label_out_of_range_is_an_error_as_before() -> None:
-    inputs = {"x": normal(0, 2, 3, HIDDEN), "w": normal(1, CLASSES, HIDDEN), "t": torch.zeros(2, 3, dtype=torch.long)}
-    module = trace(PICKED["method"], inputs)
-    apply(module, RULES)
-    for label in (-100, CLASSES):
-        with pytest.raises((IndexError, RuntimeError)):
-            module(**inputs | {"t": torch.full((2, 3), label)})
-
-
 def shifted(x: Any, w: Any, t: Any) -> Any:
     """Loss and logits as transformers computes them."""
     z = F.linear(x, w)

@@ -13,8 +13,10 @@ from torch import Tensor, fx
 
 from weft.rewrite import algebra
 from weft.rewrite.expr import Expr, View, strip_casts
+from weft.rewrite.rule import call
+from weft.rewrite.written import written
 
-from ..graphs import cases, normal, trace
+from ..graphs import cases, here, normal, trace
 from ..programs import function_of, inputs, programs
 
 SQUARES = (lambda x: (x * x).sum(-1, keepdim=True), lambda x: x.pow(2).mean(-1, keepdim=True))
@@ -56,6 +58,7 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x: (x * x).sum(-1, True).sqrt() / 6**0.5, lambda x: (x * x).mean(-1, True).sqrt()),
         (lambda x: 1 / x, lambda x: torch.reciprocal(x)),
         (lambda x: x * 6 / 4, lambda x: x * 1.5),
+        (lambda x: x / 3, lambda x: x * (1 / 3)),
     ],
     "two_factors": [(lambda x: x / 8 * 4, lambda x: x * 0.5), (lambda x: 2 * (x * 1.5), lambda x: x * 3.0)],
     "logistic": [
@@ -98,12 +101,40 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x: (x * x).mean(-1).unsqueeze(-1), lambda x: (x * x).mean(-1, True)),
         (lambda x: torch.rsqrt(x.square().mean(-1) + 1e-3)[..., None], lambda x: (x.square().mean(-1, True) + 1e-3).rsqrt()),
         (lambda x: (x * x).sum(-1).sqrt()[:, :, None], lambda x: x.square().sum(-1, True).sqrt()),
+        (lambda x: x.logsumexp(-1).unsqueeze(2), lambda x: x.logsumexp(-1, keepdim=True)),
     ],
     "euclidean_norm": [
         (lambda x: x.norm(2, dim=-1, keepdim=True), lambda x: (x * x).sum(-1, True).sqrt()),
         (lambda x: torch.linalg.vector_norm(x, dim=2, keepdim=True), lambda x: x.norm(dim=-1, keepdim=True)),
     ],
-    "lower_bound": [(lambda x: torch.clamp(x, min=0.25), lambda x: x.clamp_min(0.25))],
+    "lower_bound": [
+        (lambda x: torch.clamp(x, min=0.25), lambda x: x.clamp_min(0.25)),
+        (lambda x: torch.clip(x, 0.25, float("inf")), lambda x: x.clamp(0.25)),
+    ],
+    "comparison_from_the_left": [
+        (lambda x, y: x < y, lambda x, y: torch.gt(y, x)),
+        (lambda x, y: x.less_equal(y), lambda x, y: y >= x),
+    ],
+    "comparison_with_zero": [(lambda x: x > torch.zeros_like(x), lambda x: x.gt(0))],
+    "choice": [
+        (lambda x, y: torch.where(x > y, x, y), lambda x, y: x.where(y < x, y)),
+        (lambda x, y: torch.where(x > y, x, torch.full_like(y, 0)), lambda x, y: x.where(x > y, 0)),
+    ],
+    "filled": [(lambda x, y: x.masked_fill(x >= y, 0.5), lambda x, y: torch.where(y <= x, 0.5, x))],
+    "choice_by_a_sign": [
+        (lambda x: torch.where(x <= 0, 0, x), lambda x: x.relu()),
+        (lambda x: x.masked_fill(x <= 0.0, 0.0), lambda x: F.relu(x)),
+        (lambda x: torch.where(x < 0, x.new_zeros(()), x), lambda x: x.clamp(min=0)),
+        (lambda x, y: torch.where(~(x > y), y, 1.0), lambda x, y: torch.where(x > y, 1.0, y)),
+    ],
+    "relu_as_a_threshold": [(lambda x: F.threshold(x, 0.0, 0.0), lambda x: torch.relu(x))],
+    "larger_of_two": [(lambda x, y: torch.max(x, y), lambda x, y: torch.maximum(x, y))],
+    "larger_than_zero": [
+        (lambda x: torch.maximum(x, torch.zeros_like(x)), lambda x: torch.maximum(x.new_full((), 0), x)),
+        (lambda x: x.max(x.new_zeros(6)), lambda x: torch.maximum(x, x.new_zeros(1, 1).expand(2, 3, 6))),
+    ],
+    "bounded_by_zero": [(lambda x: x.clamp(min=torch.zeros_like(x)), lambda x: torch.clamp_min(x, 0.0))],
+    "mask_as_a_number": [(lambda x, y: x * (x > y).double(), lambda x, y: x * (y < x))],
     "same_values": [(lambda x: x.clone().contiguous(), lambda x: x.contiguous())],
     "transposed": [
         (lambda w: w.t(), lambda w: w.transpose(0, 1)),
@@ -125,6 +156,22 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     ],
     "selected": [(lambda x: x.view(2, 3, 3, 2).select(-1, 0), lambda x: x[..., ::2])],
     "narrowed": [(lambda x: x.narrow(-1, 2, 3), lambda x: x[..., 2:5])],
+    "rolled": [(lambda x: torch.roll(x, (4,), (2,)), lambda x: x.roll(4, -1))],
+    "joined_by_writing": [
+        (
+            lambda x, y: call(written, (x, y), ((0, 6, 1), (6, 12, 1)), 12, (1, 0, 2), torch.float64),
+            lambda x, y: torch.cat((x, y), 2),
+        ),
+        (
+            lambda x, y: call(written, (x, y), ((0, 11, 2), (1, 12, 2)), 12, (0, 1, 2), torch.float64),
+            lambda x, y: torch.stack((x, y), -1).flatten(-2),
+        ),
+        (lambda x, y: call(written, (x, y), (0, 1), 2, (0, 1, 2, 3), torch.float64), lambda x, y: torch.stack((x, y), 3)),
+        (
+            lambda x, y: call(written, (x, y.float()), ((0, 6, 1), (6, 12, 1)), 12, (0, 1, 2), torch.float64),
+            lambda x, y: torch.cat((x, y.float().double()), -1),
+        ),
+    ],
     "joined": [(lambda x, y: torch.cat((x, y), 2), lambda x, y: torch.cat([x, y], dim=-1))],
     "product_and_sum": [
         (lambda m, w, b: torch.addmm(b, m, w.T), lambda m, w, b: F.linear(m, w, b)),
@@ -138,6 +185,18 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (
             lambda x, s, p, q: x @ (q @ p + s).T,
             lambda x, s, p, q: F.linear(x, s) + F.linear(F.linear(x, p), q),
+        ),
+        (
+            lambda x, s, b, p, q: F.linear(x, s - (q @ p) / 4, b),
+            lambda x, s, b, p, q: F.linear(x, s, b) - F.linear(F.linear(x, p), q) * 0.25,
+        ),
+        (
+            lambda x, s, p, q, n: F.linear(x, s + n * (q @ p)),
+            lambda x, s, p, q, n: F.linear(x, s) + F.linear(F.linear(x, p), q) * n,
+        ),
+        (
+            lambda x, s, p, q, n: F.linear(x, s - (q @ p) / n),
+            lambda x, s, p, q, n: F.linear(x, s) - F.linear(F.linear(x, p), q) / n,
         ),
     ],
     "summed_products": [
@@ -162,10 +221,45 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
             lambda x, t: F.cross_entropy(x.mT, t, reduction="sum"),
         ),
     ],
-    "log_probability_of_a_label": [
+    "number_at_a_label": [
         (
-            lambda x: x.log_softmax(-1).gather(-1, x[..., :1].argmax(-1, keepdim=True)),
-            lambda x: F.log_softmax(x, 2).gather(2, x[..., :1].argmax(-1, keepdim=True), sparse_grad=False),
+            lambda x, k: x.log_softmax(-1).gather(-1, k),
+            lambda x, k: F.log_softmax(x, 2).gather(2, k, sparse_grad=False),
+        ),
+        (lambda x, k: x.gather(-1, k), lambda x, k: torch.gather(x, dim=2, index=k)),
+    ],
+    "number_of_each_row": [
+        (
+            lambda x, k: x.view(6, 6)[here(x, torch.arange, 6), k.view(6)],
+            lambda x, k: x.reshape(-1, 6)[here(x, torch.arange, 0, 6), k.view(6)],
+        ),
+    ],
+    "picked_without_its_dimension": [
+        (lambda x, k: x.gather(-1, k).squeeze(2), lambda x, k: x.gather(-1, k)[..., 0]),
+        (lambda x, k: x.gather(-1, k).view(2, 3), lambda x, k: x.gather(-1, k).select(2, -1)),
+        (lambda x, k: x.gather(-1, k)[:, :, -1], lambda x, k: x.gather(-1, k).flatten(1, 2)),
+    ],
+    "product_with_one_hot": [
+        (
+            lambda x, k: (F.one_hot(k[..., 0], 6) * x).sum(-1),
+            lambda x, k: torch.einsum("btv,btv->bt", x, F.one_hot(k[..., 0], 6).double()),
+        ),
+        (
+            lambda x, k: (F.one_hot(k[..., 0], 6) * x.log_softmax(-1)).sum(-1),
+            lambda x, k: (x.log_softmax(2) * F.one_hot(k[..., 0], 6)).sum(2),
+        ),
+    ],
+    "sum_of_one_dimension": [(lambda x: torch.logsumexp(x, (2,)), lambda x: x.logsumexp(dim=-1))],
+    "log_probabilities": [
+        (lambda x: x - x.logsumexp(-1, keepdim=True), lambda x: x.log_softmax(-1)),
+        (lambda x: x - x.logsumexp(2)[..., None], lambda x: F.log_softmax(x, dim=2)),
+        (
+            lambda x, k: x.logsumexp(-1) - x.gather(-1, k).squeeze(-1),
+            lambda x, k: -x.log_softmax(-1).gather(-1, k)[..., 0],
+        ),
+        (
+            lambda x, k: x.view(6, 6).gather(-1, k.view(6, 1)) - x.view(6, 6).logsumexp(1, True),
+            lambda x, k: x.view(6, 6).log_softmax(-1).gather(1, k.view(6, 1)),
         ),
     ],
     "rows_of_log_probabilities": [
@@ -189,7 +283,8 @@ ELSEWHERE = {
 INPUTS: dict[str, Tensor] = {
     "x": normal(0, 2, 3, 6), "y": normal(1, 2, 3, 6), "w": normal(2, 4, 6), "v": normal(3, 6, 4), "b": normal(4, 4),
     "m": normal(5, 3, 6), "s": normal(6, 4, 6), "p": normal(7, 2, 6), "q": normal(8, 4, 2),
-    "t": torch.tensor([[1, 0, 5], [2, -100, 3]]),
+    "t": torch.tensor([[1, 0, 5], [2, -100, 3]]), "k": torch.tensor([[[1], [0], [5]], [[2], [4], [3]]]),
+    "n": torch.tensor(3.0),
 }  # fmt: skip
 NAMED = {name: value.double() if value.is_floating_point() else value for name, value in INPUTS.items()}
 
@@ -210,7 +305,9 @@ class _Valued(fx.Interpreter):
 MEANINGS: dict[str, Callable[..., Any]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "neg": torch.neg, "square": torch.square,
     "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": lambda x: 1 / x, "clamp_min": torch.clamp_min,
-    "relu": torch.relu, "silu": F.silu, "maximum": torch.maximum, "linear": F.linear, "sigmoid": torch.sigmoid,
+    "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y, "chosen": torch.where, "logsumexp": torch.logsumexp,
+    "relu": torch.relu, "silu": F.silu, "linear": F.linear, "sigmoid": torch.sigmoid,
+    "maximum": lambda x, y: torch.maximum(x, torch.as_tensor(y, dtype=x.dtype)),
     "transposed": lambda x: x.transpose(-1, -2),
     "mean": lambda x, dim=None, keepdim=False, *_: x.mean() if dim is None else x.mean(dim, keepdim),
     "sum": lambda x, dim=None, keepdim=False, *_: x.sum() if dim is None else x.sum(dim, keepdim),
@@ -219,9 +316,11 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "interleave": lambda a, b: torch.stack((a, b), -1).flatten(-2),
     "as_complex": lambda x: torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()),
     "from_complex": lambda z: torch.view_as_real(z).flatten(-2),
-    "cat": torch.cat, "stack": torch.stack,
+    "cat": torch.cat, "stack": torch.stack, "roll": torch.roll,
     "rows": lambda x: x.flatten(0, -2),
-    "picked": lambda x, index: x.gather(-1, index.view(-1, 1)).view(index.shape),
+    "picked": lambda x, index, how: (
+        x.gather(-1, index.reshape(-1, 1) % x.shape[-1]).view(index.shape[:-1] if how == "squeezed" else index.shape)
+    ),
     "cast": lambda x, dtype: x.to(dtype),
     "log_softmax": lambda x, dim, *_: torch.log_softmax(x, dim),
 }  # fmt: skip
@@ -347,6 +446,34 @@ NEAR: dict[str, Callable[..., Any]] = {
     "unbiased variance": lambda x: x.var(-1, keepdim=True) + x.std(-1, correction=1, keepdim=True),
     "variance without the dimension": lambda x: x.var(-1, correction=0),
     "another norm": lambda x: x.norm(1, dim=-1, keepdim=True) + x.norm(),
+    "other choices": lambda x, y: (
+        torch.where(x <= 0, 1, x) + torch.where(x <= 0, 0, y) + torch.where(x <= y, 0, x) + torch.where(x > 0, 0, x)
+        + torch.where(x.float() <= 0, 0, x) + F.threshold(x, 0, 1) + F.threshold(x, 1, 0)
+    ),
+    "choices among more": lambda x: (
+        torch.where(x[..., :1] > 0, x[..., :1], torch.zeros_like(x)) + torch.maximum(x[:1], torch.zeros_like(x))
+        + x[:1, :1].clamp(min=torch.zeros_like(x)) + x[..., :1].masked_fill(x[..., :1] * torch.ones_like(x) > 0, 0)
+    ),
+    "zeros and no zeros": lambda x: (
+        torch.maximum(x, torch.ones_like(x)) + torch.maximum(x, torch.full_like(x, 0.5)) + x.max() + x.max(-1)[0].sum()
+    ),
+    "picked otherwise": lambda x, k: (
+        x.gather(1, k % 3) + x.gather(-1, k.expand(2, 3, 2))[..., :1] + x.view(6, 6).gather(-1, k.view(6, 1))[k.view(6), 0].sum()
+        + x[:1, :1].gather(-1, k[:1, :1])[0]
+        + x.view(6, 6)[here(x, torch.arange, 5, -1, -1), k.view(6)] + x.view(6, 6)[k.view(6), here(x, torch.arange, 6)]
+        + x[0][here(x, torch.arange, 3), :6].sum() + x[0][here(x, torch.arange, 2), k[0, :1, 0]].sum()
+        + x.view(6, 6)[here(x, torch.arange, 6), k.view(6).int()] + x.view(3, 12)[here(x, torch.arange, 3), -k[0, :, 0]].sum()
+    ),
+    "products with other encodings": lambda x, k: (
+        (F.one_hot(k[..., 0], 6) * x).sum(-1, keepdim=True) + (F.one_hot(k[..., 0], 6) * x).sum(1, keepdim=True)
+        + (F.one_hot(k[:1, :, 0], 6) * x).sum(-1)[..., None] + (F.one_hot(k[..., 0], 6) * x).sum()
+    ),
+    "other differences": lambda x, y, k: (
+        (x - y.logsumexp(-1, True)) + (x - x.logsumexp(1, True)) + (x.logsumexp(-1, True) - x)
+        + (y.logsumexp(-1) - x.gather(-1, k)[..., 0])[..., None] + torch.sub(x, x.logsumexp(-1, True), alpha=2)
+        + (x.view(6, 6) - x.view(6, 6).logsumexp(-1)).sum() + (x[0].logsumexp(-1, True) - x[0].gather(-1, k[0])[:, 0]).sum()
+    ),
+    "merged updates of the other sign": lambda x, s, p, q: F.linear(x, q @ p - s) + F.linear(x, s + s[:, :1] * (q @ p)),
     "clamped on both sides": lambda x: x.clamp(-0.5, 0.5) + x.clamp(max=0.1),
     "other powers": lambda x: x**3 + 2.0**x + x.pow(0),
     "a transpose of leading dimensions": lambda x: x.transpose(0, 1).transpose(0, 2),
@@ -355,6 +482,14 @@ NEAR: dict[str, Callable[..., Any]] = {
     "chunks of another dimension": lambda x: x.chunk(3, 1)[2] - x.split(1, 1)[0],
     "uneven chunks": lambda x: x.chunk(4, -1)[2] + x.split(4, -1)[1],
     "from the end": lambda x: x[..., -3:-1] + x[..., -100:2] + x[..., 4:100],
+    "rolled otherwise": lambda x: x.roll(1, 1) + x.roll(2, -1) * x.roll((1, 2), (0, 2)) + x.roll(4),
+    "three parts written": lambda x, y: call(
+        written, (y[..., 0], x[..., :2], x[..., 2:]), (0, (1, 3, 1), (3, 7, 1)), 7, (2, 1, 0), torch.float64
+    ),
+    "an odd number of elements written": lambda x, y: call(
+        written, (x, y[..., :5]), ((0, 11, 2), (1, 11, 2)), 11, (0, 1, 2), torch.float64
+    ),
+    "written in whole numbers": lambda x, y: call(written, (x, y), ((0, 6, 1), (6, 12, 1)), 12, (0, 1, 2), torch.int64).double(),
     "no pairs": lambda x: x.view(2, 3, 2, 3)[..., 1] * x.view(6, 2, 3).select(-1, 0).view(2, 3, 2),
     "a narrowed leading dimension": lambda x: x.narrow(1, 1, 2)[:1] + x.narrow(0, 0, 1)[:, :2],
     "a stack in front": lambda x, y: torch.stack((x, y), 0).flatten(0, 1) + torch.stack((x, y, x, y), -1).view(4, 3, 12)[..., :6],
