@@ -26,6 +26,8 @@ from .dispatch import compute_dtype
 
 _MASK_ALIGNMENT = 8
 """The memory-efficient kernel reads rows of a mask that start at multiples of so many elements."""
+_ALIGNMENT = 16
+"""Bytes at multiples of which cuDNN reads vectors."""
 _WIDEST_RAGGED = 256
 """Flash attention's widest head."""
 
@@ -179,10 +181,24 @@ def by_token(x: Tensor) -> Tensor:
 
 
 def _laid_out(x: Tensor) -> Tensor:
-    """``x`` by token, with the strides that a new tensor would have: dimensions of one element may carry any."""
+    """``x`` by token, with the strides that a new tensor would have: dimensions of one element may carry any.
+
+    What lies by token in a larger tensor, as v does beside q and k of one projection, stays there: cuDNN takes any strides.
+    """
+    if min(x.shape) > 1 and _lies_apart(x):
+        return x
     flat = by_token(x).transpose(1, 2)
     _, length, heads, width = flat.shape
     return flat.as_strided(flat.shape, (length * heads * width, heads * width, width, 1)).transpose(1, 2)
+
+
+def _lies_apart(x: Tensor) -> bool:
+    """Whether vectors that cuDNN can read whole lie by token, with or without something between them."""
+    (_, heads, length, width), (batch, head, token, element) = x.shape, x.stride()
+    ordered = element == 1 and width <= head and heads * head <= token and length * token <= batch
+    return ordered and all(
+        n % _ALIGNMENT == 0 for n in (x.data_ptr(), *(s * x.element_size() for s in (batch, head, token)))
+    )
 
 
 def additive(mask: Tensor | None, q: Tensor) -> Tensor | None:

@@ -12,8 +12,8 @@ from . import graph as g
 from .vocabulary import bind, operation
 
 _SAME_VALUES = frozenset((
-    "view", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t", "contiguous", "clone", "select",
-    "narrow", "repeat", "repeat_interleave", "roll",
+    "view", "flatten", "unflatten", "unsqueeze", "squeeze", "expand", "transpose", "permute", "t", "contiguous", "clone",
+    "select", "narrow", "repeat", "repeat_interleave", "roll",
 ))  # fmt: skip
 _CHOOSING = {"topk": (1, -1), "sort": (0, -1), "max": (0, None), "min": (0, None)}
 """Operations of which the second result is an index: how many arguments stand before the dimension, and the default."""
