@@ -69,9 +69,8 @@ def _nothing(_: fx.Node) -> fx.Node | None:
 
 
 def _of_dropout(node: fx.Node) -> fx.Node | None:
-    x, p, training, _ = bind("dropout", node.args, dict(node.kwargs)) or (None, 1.0, True, False)
-    idle = training is False or (isinstance(p, int | float) and p == 0)
-    return x if isinstance(x, fx.Node) and idle else None
+    x = node.args[0] if node.args else None
+    return x if isinstance(x, fx.Node) and g.is_idle_dropout(node) else None
 
 
 def _of_slice(node: fx.Node) -> fx.Node | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
-from .vocabulary import is_in_place, operation, target_name
+from .vocabulary import bind, is_in_place, operation, target_name
 
 _CONTEXT_TARGETS = (
     "_set_grad_enabled",
@@ -188,11 +189,19 @@ def storage_roots(node: fx.Node) -> set[fx.Node]:
 
 
 def _may_alias(node: fx.Node) -> bool:
-    """Whether ``node`` may return memory of an input: a view, a write in place, a conversion that need not convert."""
+    """Whether ``node`` may return memory of an input: a view, a write in place, what need not convert or drop anything."""
     if operation(node) == "cast" and isinstance(node.args[0], fx.Node):
         before, after = dtype_of(node.args[0]), dtype_of(node)
         return before is None or after is None or before == after
-    return operation(node) in VIEWS or is_in_place(node)
+    return operation(node) in VIEWS or is_in_place(node) or is_idle_dropout(node)
+
+
+def is_idle_dropout(node: fx.Node) -> bool:
+    """Whether ``node`` is a dropout that drops nothing, and returns its input itself."""
+    if operation(node) != "dropout":
+        return False
+    _, p, training, _ = bind("dropout", node.args, dict(node.kwargs)) or (None, 1.0, True, False)
+    return training is False or (isinstance(p, int | float) and p == 0)
 
 
 def overwritten(node: fx.Node) -> set[fx.Node]:
@@ -268,12 +277,12 @@ def map_nodes(argument: Any, function: Any) -> Any:
 def tensor_bytes(node: fx.Node) -> int:
     """Bytes of the tensor that ``node`` computes at the shapes it was traced with; 0 if unknown."""
     found = tensor_of(node)
-    if found is None:
-        return 0
-    count = 1
-    for size in found.shape:
-        count *= size if isinstance(size, int) else hint(size)
-    return count * found.element_size()
+    return 0 if found is None else traced_bytes(found)
+
+
+def traced_bytes(tensor: Tensor) -> int:
+    """Bytes of ``tensor`` at the shape it was traced with."""
+    return math.prod(map(hint, tensor.shape)) * tensor.element_size()
 
 
 def hint(size: Any) -> int:

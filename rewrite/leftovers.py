@@ -194,10 +194,12 @@ class Run:
 
 def runs(graph: fx.Graph, device_type: str) -> Iterator[Run]:
     """Those of ``graph`` that are worth compiling, each as the graph is when it is asked for: the one before may be replaced."""
-    least = SHARE * sum(g.tensor_bytes(n) for n in graph.nodes if n.op == "call_function" and not _is_idle(n))
+    computed = [n for n in graph.nodes if n.op == "call_function" and not _is_idle(n)]
+    least = SHARE * sum(g.traced_bytes(t) for n in computed for t in tensors(n.meta.get("val")))
     for stretch in list(_stretches(graph, device_type)):
         run = _run(stretch)
-        if len(run.members) > 1 and run.outputs and run.saved_bytes() >= least:
+        numbers = any((g.dtype_of(i) or torch.int).is_floating_point for i in run.inputs)  # not what makes a mask, say
+        if len(run.members) > 1 and run.outputs and numbers and run.saved_bytes() >= least:
             yield run
 
 
