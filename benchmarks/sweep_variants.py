@@ -212,7 +212,7 @@ def _layer_back(
     x: Tensor, weight: Tensor, dy: Tensor, mu: Tensor, r_centred: Tensor, *, trained: bool = True, **_: Tensor
 ) -> Any:
     needs = (True, trained, trained)
-    return ln._layer_norm_backward(dy, x, weight, mu, r_centred, 0.0, weight.dtype, *needs)
+    return ln._layer_norm_backward(dy, x, weight, mu, r_centred, None, 0.0, weight.dtype, *needs)
 
 
 def _layer_back_frozen(**inputs: Tensor) -> Any:

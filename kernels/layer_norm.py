@@ -84,8 +84,9 @@ def _forward(
 
 @triton.jit(do_not_specialize=["rows"])
 def _backward(
-    x, grad, mu, r, dx, weight, partial, sizes, x_strides, grad_strides, mu_strides, r_strides, dx_strides,
-    rows, cols, offset, HAS_WEIGHT: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
+    x, grad, mu, r, extra, dx, weight, partial, sizes,
+    x_strides, grad_strides, mu_strides, r_strides, extra_strides, dx_strides,
+    rows, cols, offset, HAS_WEIGHT: tl.constexpr, HAS_EXTRA: tl.constexpr, NEEDS_X: tl.constexpr, NEEDS_WEIGHT: tl.constexpr,
     NEEDS_BIAS: tl.constexpr, WHOLE: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
     INDEX: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -124,6 +125,9 @@ def _backward(
             if NEEDS_X:
                 dx_row = dx + R.row_start(row, sizes, dx_strides)[:, None]
                 result = dy * factor * scale - (unit * lean[:, None] + shift[:, None])
+                if HAS_EXTRA:
+                    extra_row = extra + R.row_start(row, sizes, extra_strides)[:, None]
+                    result += R.load(extra_row, extra_strides, row, rows, start + col, cols)
                 R.store(dx_row, dx_strides, row, rows, start + col, cols, result)
             if WHOLE:
                 if NEEDS_WEIGHT:
@@ -152,17 +156,17 @@ def _launch_forward(
 
 
 def _launch_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float,
+    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, extra: Tensor | None, offset: float,
     bias_dtype: torch.dtype | None, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, dweight and dbias, the latter two in the dtype of what they belong to; None for one not needed."""
     dx = torch.empty_like(x) if needs[0] else None
     count, options = R.blocks(x, R.PER_THREAD_BACKWARD)
-    count = R.spread(x, count, options, any(needs[1:]), (x, grad))
+    count = R.spread(x, count, options, any(needs[1:]), (x, grad, extra))
     partial = R.partial_sums(x, count if any(needs[1:]) else 0, 2)
-    options |= {"offset": offset, "HAS_WEIGHT": weight is not None}
+    options |= {"offset": offset, "HAS_WEIGHT": weight is not None, "HAS_EXTRA": extra is not None}
     options |= {"NEEDS_X": needs[0], "NEEDS_WEIGHT": needs[1], "NEEDS_BIAS": needs[2]}
-    R.launch(_backward, count, (x, grad, mu, r, dx), (weight, partial), options)
+    R.launch(_backward, count, (x, grad, mu, r, extra, dx), (weight, partial), options)
     if not any(needs[1:]):
         return dx, None, None
     wanted = slice(0 if needs[1] else 1, 2 if needs[2] else 1)
@@ -212,7 +216,7 @@ def _plain_forward(
 
 
 def _plain_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float,
+    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, extra: Tensor | None, offset: float,
     bias_dtype: torch.dtype | None, needs: tuple[bool, bool, bool],
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """As :func:`_launch_backward`. Torch's kernel sums dweight and dbias in the dtype of x, so they need it upcast."""
@@ -223,6 +227,8 @@ def _plain_backward(
     dx, dweight, dbias = torch.ops.aten.native_layer_norm_backward(
         dy, wide, x.shape[-1:], mean, scale, factor, factor, list(needs)
     )
+    if dx is not None and extra is not None:
+        dx += _matrix(extra, order)
     pairs = zip((dweight, dbias), _vector_dtypes(x, weight, bias_dtype), strict=True)
     vectors = (None if vector is None else vector.to(dtype) for vector, dtype in pairs)
     return None if dx is None else _put(dx, torch.empty_like(x, device="meta"), order), *vectors
@@ -244,17 +250,17 @@ def _layer_norm(
     return (_launch_forward if R.kernel_runs(x) else _plain_forward)(x, weight, bias, eps, offset, dtype)
 
 
-@operator("weft::layer_norm_backward")
+@operator("weft::layer_norm_backward", adds="extra")
 def _layer_norm_backward(
-    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, offset: float,
+    grad: Tensor, x: Tensor, weight: Tensor | None, mu: Tensor, r: Tensor, extra: Tensor | None, offset: float,
     bias_dtype: torch.dtype | None, needs_x: bool, needs_weight: bool, needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """dx, dweight and dbias; an empty tensor for one not needed."""
+    """dx, dweight and dbias, an empty tensor for one not needed; ``extra`` is a gradient of x from elsewhere, added to dx."""
     needs = (needs_x, needs_weight, needs_bias)
     if not x.numel():
         return _gradients(x, weight, bias_dtype, *needs)
     run = _launch_backward if R.kernel_runs(x) else _plain_backward
-    grads = run(grad, x, weight, mu, r, offset, bias_dtype, needs)
+    grads = run(grad, x, weight, mu, r, extra, offset, bias_dtype, needs)
     dtypes = (x.dtype, *_vector_dtypes(x, weight, bias_dtype))
     dx, dweight, dbias = (x.new_empty(0, dtype=t) if g is None else g for t, g in zip(dtypes, grads, strict=True))
     return dx, dweight, dbias
@@ -272,7 +278,7 @@ def _gradients(
 
 _layer_norm.register_fake(lambda x, weight, bias, eps, offset, dtype: empty(x, dtype))
 _layer_norm_backward.register_fake(
-    lambda grad, x, weight, mu, r, offset, bias_dtype, *needs: _gradients(x, weight, bias_dtype, *needs),
+    lambda grad, x, weight, mu, r, extra, offset, bias_dtype, *needs: _gradients(x, weight, bias_dtype, *needs),
 )
 
 
@@ -289,7 +295,7 @@ def _differentiate(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
         return (None,) * 6
     x, weight, mu, r = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
-    grads = _layer_norm_backward(grad, x, weight, mu, r, ctx.offset, ctx.bias_dtype, *needs)
+    grads = _layer_norm_backward(grad, x, weight, mu, r, None, ctx.offset, ctx.bias_dtype, *needs)
     return *(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None
 
 

@@ -40,15 +40,21 @@ _PLAIN = (Tensor, torch.nn.Parameter)
 _UNSEEN = getattr(Tensor, "__torch_dispatch__")  # noqa: B009 (no type checker can bind it)
 
 
-def operator(name: str) -> Callable[[Callable[P, R]], Operator[P, R]]:
+def operator(name: str, adds: str | None = None) -> Callable[[Callable[P, R]], Operator[P, R]]:
     """Registers the decorated function as ``name``, ``weft::`` and a name of its own.
 
     The function changes none of its arguments, returns a tensor, a tuple or a list of tensors that share no memory with
     them, and has positional arguments alone, none with a default.
+
+    Args:
+        adds: the argument, a tensor or None, that is added to the first result. A graph that is run, and adds to that result
+            itself, finds its position as the operator's attribute ``adds``.
     """
 
     def register(body: Callable[P, R]) -> Operator[P, R]:
-        return Operator(name, body)
+        made = Operator(name, body)
+        made.overload.adds = None if adds is None else [a.name for a in made.overload._schema.arguments].index(adds)
+        return made
 
     return register
 

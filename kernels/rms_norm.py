@@ -250,7 +250,7 @@ def forward(x: Tensor, weight: Tensor | None, y: Tensor, r: Tensor, eps: float, 
         (_launch_forward if R.kernel_runs(x) else _plain_forward)(x, weight, y, r, eps, offset, mode)
 
 
-@operator("weft::rms_norm_backward")
+@operator("weft::rms_norm_backward", adds="extra")
 def backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, r: Tensor, extra: Tensor | None, eps: float, offset: float,
     eps_mode: str, needs_x: bool, needs_weight: bool,

@@ -20,6 +20,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.graph import _BoxedCodeGen
 from torch.utils.checkpoint import CheckpointPolicy
 
+from .gradient_sums import with_sums
 from .remat import INFINITE, Operation, Problem
 from .sizes import Evaluate, storages, value_bytes
 
@@ -77,7 +78,7 @@ class JointGraph:
 
     def _backward(self, saved: frozenset[str] | None, module: fx.GraphModule) -> Callable[..., Any]:
         self.backward[saved] = module.graph
-        return self.recorded(_boxed(self.prepared(module)), module.graph, True)
+        return self.recorded(_boxed(self.prepared(with_sums(module))), module.graph, True)
 
     def _compiled(self, module: fx.GraphModule, _: Any = None) -> Callable[..., Any]:
         return self.recorded(_boxed(self.prepared(module)), module.graph, False)

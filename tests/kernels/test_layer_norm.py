@@ -107,9 +107,9 @@ def test_registration_and_memory_order(name: Backend, layout: str) -> None:
             dx = torch.autograd.grad(y, x, torch.ones_like(y))[0]
             assert dx.stride() == torch.empty_like(x).stride() and dx.dtype == x.dtype
         y, mu, r = (t.detach() for t in module._layer_norm(x, weight, bias, 1e-6, 1.0, torch.bfloat16))
-        for needs in ((True, True, True), (True, False, False), (False, False, True)):
+        for needs, extra in (((True, True, True), None), ((True, False, False), y), ((False, False, True), None)):
             torch.library.opcheck(
-                module._layer_norm_backward.overload, (y, x.detach(), weight.detach(), mu, r, 1.0, None, *needs)
+                module._layer_norm_backward.overload, (y, x.detach(), weight.detach(), mu, r, extra, 1.0, None, *needs)
             )
 
 
@@ -124,8 +124,31 @@ def test_only_needed_gradients_are_computed(name: Backend) -> None:
         assert tuple(leaf.grad is not None for leaf in leaves) == needs
         x, per_row = tensors[0], tensors[0][:, :1].contiguous()
         with backend(name):
-            out = module._layer_norm_backward(x, x, tensors[1], per_row, per_row, 0.0, None, *needs)
+            out = module._layer_norm_backward(x, x, tensors[1], per_row, per_row, None, 0.0, None, *needs)
         assert [t.numel() for t in out] == [24 * needs[0], 8 * needs[1], 8 * needs[2]]
+
+
+@pytest.mark.parametrize("name", BACKENDS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("width", [9, 1500])
+def test_a_gradient_from_elsewhere_is_added_and_rounded_once(
+    name: Backend, dtype: torch.dtype, layout: str, width: int
+) -> None:
+    grad, x, extra = (lay(normal(i, (2, 3, 4, width), dtype), layout) for i in range(3))
+    weight = normal(3, (width,), torch.float32)
+    wide = [t.double() for t in (grad, x, weight)]
+    options = (1.0, None, True, True, True)
+    with backend(name):
+        _, mu, r = module._layer_norm(x, weight, None, 1e-6, 1.0, dtype)
+        ours = module._layer_norm_backward(grad, x, weight, mu, r, extra, *options)
+        apart = module._layer_norm_backward(grad, x, weight, mu, r, None, *options)
+        _, *rows = module._layer_norm(wide[1], wide[2], None, 1e-6, 1.0, torch.float64)
+        exact = module._layer_norm_backward(*wide, *rows, extra.double(), *options)[0]
+    own = (apart[0] + extra - exact).abs().max()
+    unit = torch.finfo(dtype).eps * exact.abs().max()
+    assert (ours[0] - exact).abs().max() <= 2 * own + unit and ours[0].stride() == apart[0].stride()
+    assert all(torch.equal(a, b) for a, b in zip(ours[1:], apart[1:], strict=True))
 
 
 def test_saves_no_more_than_x_weight_and_two_numbers_a_row() -> None:
