@@ -10,7 +10,7 @@ from __future__ import annotations
 import operator
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
 from . import graph as g
 
@@ -23,8 +23,7 @@ def with_sums(module: fx.GraphModule) -> fx.GraphModule:
         found = _sum(node)
         if found is None:
             continue
-        part, other = found
-        call, at = part.args[0], part.args[0].target.adds
+        call, at, part, other = found
         call.args = (*call.args[:at], other, *call.args[at + 1 :])
         part.meta["val"] = node.meta["val"]
         node.replace_all_uses_with(part, propagate_meta=False)
@@ -32,23 +31,27 @@ def with_sums(module: fx.GraphModule) -> fx.GraphModule:
     return fx.GraphModule(module, graph)
 
 
-def _sum(node: fx.Node) -> tuple[fx.Node, fx.Node] | None:
-    """The result that ``node`` alone reads, of an operator that could add to it, and what is added."""
+def _sum(node: fx.Node) -> tuple[fx.Node, int, fx.Node, fx.Node] | None:
+    """A call that could add what ``node`` adds to its first result, where; that result, and what is added."""
     if node.target is not torch.ops.aten.add.Tensor or node.kwargs or len(node.args) != 2:
         return None
     for part, other in (node.args, node.args[::-1]):
-        if isinstance(part, fx.Node) and isinstance(other, fx.Node) and _takes(part, other, node):
-            return part, other
+        if not isinstance(part, fx.Node) or not isinstance(other, fx.Node) or set(part.users) != {node}:
+            continue
+        call, at = _adding(part)
+        if call is not None and _alike(part, other, node) and (other.op == "placeholder" or g.before(other, call)):
+            return call, at, part, other
     return None
 
 
-def _takes(part: fx.Node, other: fx.Node, total: fx.Node) -> bool:
+def _adding(part: fx.Node) -> tuple[fx.Node | None, int]:
+    """The call of which ``part`` is the first result, if it takes something to add to it and has nothing yet, and where."""
     call = part.args[0] if part.target is operator.getitem and part.args[1] == 0 else None
     at = getattr(call.target, "adds", None) if isinstance(call, fx.Node) else None
-    if not isinstance(call, fx.Node) or at is None or call.args[at] is not None or set(part.users) != {total}:
-        return False
-    ours, theirs, sum_ = (n.meta.get("val") for n in (part, other, total))
-    if not all(isinstance(v, Tensor) for v in (ours, theirs, sum_)):
-        return False
-    alike = ours.dtype == theirs.dtype == sum_.dtype and [*map(str, ours.shape)] == [*map(str, theirs.shape)]
-    return alike and (other.op == "placeholder" or g.before(other, call))
+    return (call, at) if isinstance(call, fx.Node) and at is not None and call.args[at] is None else (None, 0)
+
+
+def _alike(*nodes: fx.Node) -> bool:
+    """Whether all are tensors of one dtype and shape. Sizes are compared as they are written: comparing symbols would guard."""
+    found = [g.tensor_of(n) for n in nodes]
+    return len({None if t is None else (t.dtype, *map(str, t.shape)) for t in found}) == 1 and found[0] is not None
