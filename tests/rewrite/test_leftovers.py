@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from torch._dynamo.exc import TorchDynamoException
 
 from weft.rewrite import leftovers
 from weft.rewrite.leftovers import Leftovers, inductor
@@ -96,6 +97,41 @@ def test_what_compiles_wrongly_or_not_at_all_runs_as_it_was(compile: Any, reason
     for _ in range(3):
         assert_close(run(captured, leaves(5))[0], run(routed, leaves(5))[0])
     assert fused.problems and any(reason in remark for remark in fused.remarks())
+
+
+@pytest.mark.usefixtures("_all_are_worth_it")
+def test_sizes_that_cannot_be_compiled_run_as_they_were() -> None:
+    """Dynamo raises where it would have to compile for other sizes once more than it may."""
+
+    def once(module: fx.GraphModule) -> Callable[..., Any]:
+        first: list[int] = []
+
+        def call(*args: Any) -> Any:
+            first[:] = first or [args[0].numel()]
+            if args[0].numel() != first[0]:
+                raise TorchDynamoException("too many sizes")
+            return module(*args)
+
+        return call
+
+    fused = Leftovers("cpu", compile=once)
+    captured = Captured(routed, prepared=fused.fused)
+    for length in (5, 5, 7, 5):
+        assert_close(run(captured, leaves(length))[0], run(routed, leaves(length))[0])
+    assert any("too many sizes" in remark for remark in fused.remarks())
+
+
+@pytest.mark.usefixtures("_all_are_worth_it")
+def test_where_float64_does_not_fit_nothing_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> Any:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(leftovers, "judge", full)
+    fused = Leftovers("cpu", compile=as_it_is)
+    captured = Captured(routed, prepared=fused.fused)
+    for _ in range(2):
+        assert_close(run(captured, leaves(5))[0], run(routed, leaves(5))[0])
+    assert not fused.problems and any("not compared" in remark for remark in fused.remarks())
 
 
 @pytest.mark.usefixtures("_all_are_worth_it")
