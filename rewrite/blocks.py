@@ -64,6 +64,8 @@ class StepMemory:
     """Of the graphs beside the blocks."""
     checkpointed: bool = False
     """Set while a block runs that its model wants computed again."""
+    tried: bool = False
+    """Set while a forward runs that no backward follows: nothing is planned."""
     _entered: set[str] = field(default_factory=set)
     _called: list[Key] = field(default_factory=list)
     _costs: dict[Key, BlockCosts] = field(default_factory=dict)
@@ -130,6 +132,15 @@ class StepMemory:
         finally:
             self.checkpointed = before
 
+    @contextmanager
+    def trying(self) -> Iterator[None]:
+        """No forward inside is the first half of a step."""
+        self.tried = True
+        try:
+            yield
+        finally:
+            self.tried = False
+
     def option(self, path: str, block: BlockGraph, args: Sequence[Any]) -> Option:
         """What the block at ``path`` does in this call."""
         key = (path, id(block))
@@ -186,7 +197,10 @@ class StepMemory:
             seen = {path for path, _ in self._called}
             to_come = [key, *((path, 0) for path in self.paths if path not in seen)]
         else:
-            to_come = [key, *(k for k in expected if k not in self._called)]
+            others = {
+                path for path, block in self._called if (path, block) not in expected
+            }  # in another graph than last time
+            to_come = [key, *(k for k in expected if k not in self._called and k[0] not in others)]
         room = None
         if plan.limit is not None:
             room = plan.limit - plan.resident - plan.working - sum(b.saved_bytes for b in plan.blocks[:done])
@@ -271,7 +285,7 @@ class BlockGraph:
         return self._others[at]
 
     def __call__(self, *args: Any) -> Any:
-        if not torch.is_grad_enabled():
+        if not torch.is_grad_enabled() or self.memory.tried:
             return self.joint.lower()(*args)
         if _saving_is_hooked():
             return self.joint.lower()(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 from torch import nn
 
@@ -76,16 +77,18 @@ def _session(model: nn.Module, passes: Sequence[Pass], mode: str, verify: bool, 
 
 def _run_plan(installation: Installation, plan: Plan, traced: list[Site], run: Callable[[], None]) -> None:
     """Install and run; on an error, no forward is left replaced."""
+    memory = installation.session.memory
     try:
-        for site in [*traced, *outside(plan.first, traced)]:
-            installation.install(site)
-        run()
-        rest = [plan.root] if plan.root and installation.inline_blocks_keep_type() else plan.instead
-        rest = outside(rest, traced)
-        for site in rest:
-            installation.install(site)
-        if rest:
+        with nullcontext() if memory is None else memory.trying():
+            for site in [*traced, *outside(plan.first, traced)]:
+                installation.install(site)
             run()
+            rest = [plan.root] if plan.root and installation.inline_blocks_keep_type() else plan.instead
+            rest = outside(rest, traced)
+            for site in rest:
+                installation.install(site)
+            if rest:
+                run()
     except BaseException:  # interrupted by hand, too
         installation.remove_all()
         raise
