@@ -32,7 +32,7 @@ class DropIdentities:
             if is_in_place(node) and (target := _same(node)) is not None:  # it writes what is there
                 _drop(node, target)
         nodes = list(module.graph.nodes)
-        written = set[fx.Node]().union(*(g.overwritten(n) for n in nodes))
+        written = g.written_to(module.graph)
         written |= set[fx.Node]().union(*(g.storage_roots(n) for n in nodes[-1].all_input_nodes))
         for node in nodes:
             same = None if is_in_place(node) else _same(node)

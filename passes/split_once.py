@@ -26,7 +26,7 @@ class SplitOnce:
 
     def run(self, module: fx.GraphModule, verifier: Verifier | None) -> Outcome:
         """Where the slices are all of a dimension, once each, and nobody writes into what they show."""
-        written = set[fx.Node]().union(*(g.overwritten(n) for n in module.graph.nodes))
+        written = g.written_to(module.graph)
         for node in list(module.graph.nodes):
             if not written & g.storage_roots(node):
                 _split(node)

@@ -216,6 +216,11 @@ def overwritten(node: fx.Node) -> set[fx.Node]:
     return set[fx.Node]().union(*(storage_roots(n) for n in written))
 
 
+def written_to(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes whose memory something in ``graph`` may overwrite."""
+    return set[fx.Node]().union(*map(overwritten, graph.nodes))
+
+
 def context_of(graph: fx.Graph) -> dict[fx.Node, Any]:
     """For each node, the gradient and autocast modes that the graph put in force before it: equal where they are the same.
 

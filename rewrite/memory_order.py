@@ -12,7 +12,9 @@ FOLLOWING = frozenset((
     "weft.rope", "weft.rope_single",
 ))  # fmt: skip
 """Operations of which the result alone takes its order from the operands'."""
-ABSORBING = frozenset(("linear", "matmul", "contiguous", "cat", "stack", "getattr", "size", "shape", "dim"))
+ABSORBING = frozenset(
+    ("linear", "matmul", "contiguous", "cat", "stack", "size", "shape", "dim", "ndim", "dtype", "device")
+)
 """Operations of which nothing depends on it."""
 
 
@@ -30,10 +32,6 @@ def order_is_seen(node: fx.Node) -> bool:
         name = target_name(user.target) if user.op in ("call_function", "call_method") else user.op
         if name == "reshape" or (name != "view" and operation(user) in FOLLOWING):
             pending += user.users
-        elif operation(user) not in ABSORBING and not _asks_for_shape(user):
+        elif operation(user) not in ABSORBING:
             return True
     return False
-
-
-def _asks_for_shape(node: fx.Node) -> bool:
-    return node.target is getattr and node.args[1] in ("shape", "dtype", "device", "ndim")

@@ -68,14 +68,16 @@ DIFFERENCES = {
 """−log_softmax(z) at the labels without gather from it."""
 
 
+def labelled(dtype: torch.dtype) -> dict[str, Tensor]:
+    """Rows, the weight of the classes, and a label for each row."""
+    x, w = normal(0, 2, 3, HIDDEN, dtype=dtype, grad=True), normal(1, CLASSES, HIDDEN, dtype=dtype, grad=True)
+    return {"x": x, "w": w, "t": torch.tensor([[3, 1, 0], [1, 5, 9]])}
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", DIFFERENCES)
 def test_log_probabilities_as_differences_and_sums(name: str, dtype: torch.dtype) -> None:
-    inputs = {
-        "x": normal(0, 2, 3, HIDDEN, dtype=dtype, grad=True),
-        "w": normal(1, CLASSES, HIDDEN, dtype=dtype, grad=True),
-    }
-    inputs["t"] = torch.tensor([[3, 1, 0], [1, 5, 9]])
+    inputs = labelled(dtype)
     module, _ = check(
         lambda x, w, t: DIFFERENCES[name](F.linear(x, w), t), inputs, RULES, count=1, terms=8 * CLASSES, verify=True
     )
@@ -100,11 +102,7 @@ PICKED = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PICKED)
 def test_log_probabilities_picked_by_hand(name: str, dtype: torch.dtype) -> None:
-    inputs = {
-        "x": normal(0, 2, 3, HIDDEN, dtype=dtype, grad=True),
-        "w": normal(1, CLASSES, HIDDEN, dtype=dtype, grad=True),
-    }
-    inputs["t"] = torch.tensor([[3, 1, 0], [1, 5, 9]])
+    inputs = labelled(dtype)
     module, _ = check(PICKED[name], inputs, RULES, count=1, terms=8 * CLASSES)
     assert "gather" not in targets(module)
 

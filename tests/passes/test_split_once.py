@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, fx
 from torch.profiler import ProfilerActivity, profile
 
 from weft.passes.split_once import SplitOnce
@@ -25,6 +25,17 @@ def ran(function: Callable[..., Any], x: Tensor) -> list[Tensor]:
     torch.autograd.backward([(o * (i + 1)).sum() for i, o in enumerate(outputs)])
     assert given.grad is not None
     return [*(o.detach() for o in outputs), given.grad]
+
+
+def split(module: fx.GraphModule, x: Tensor) -> fx.GraphModule:
+    """``module`` goes through the pass and computes what it did, bit for bit; it as it was."""
+    original = copied(module)
+    SplitOnce().run(module, None)
+    module.graph.lint()
+    module.recompile()
+    for found, wanted in zip(ran(module, x), ran(original, x), strict=True):
+        assert torch.equal(found, wanted)
+    return original
 
 
 @cases
@@ -46,12 +57,7 @@ def test_slices_of_all_become_one_split(data: st.DataObject) -> None:
     data_lead = data.draw(st.booleans())
     x = normal(1, *shape)
     module = trace(parts, {"x": x})
-    original = copied(module)
-    SplitOnce().run(module, None)
-    module.graph.lint()
-    module.recompile()
-    for found, wanted in zip(ran(module, x), ran(original, x), strict=True):
-        assert torch.equal(found, wanted)
+    split(module, x)
     assert ("split" in targets(module)) == (len(order) > 1 and not left_out)
     once = described(module)
     SplitOnce().run(module, None)
@@ -87,11 +93,7 @@ def test_a_part_that_is_overwritten_stays_a_slice() -> None:
 
     x = normal(1, 3, 8, 10)
     module = trace(written, {"x": x})
-    original = copied(module)
-    SplitOnce().run(module, None)
-    module.recompile()
-    for found, wanted in zip(ran(module, x), ran(original, x), strict=True):
-        assert torch.equal(found, wanted)
+    split(module, x)
 
 
 @pytest.mark.parametrize("take", ["split", "chunk"])
@@ -108,12 +110,7 @@ def test_parts_are_taken_of_the_tensor_as_it_lies(take: str) -> None:
 
     x = normal(1, 2, 4, 18)
     module = trace(three, {"x": x})
-    original = copied(module)
-    SplitOnce().run(module, None)
-    module.graph.lint()
-    module.recompile()
-    for found, wanted in zip(ran(module, x), ran(original, x), strict=True):
-        assert torch.equal(found, wanted)
+    original = split(module, x)
     assert targets(module).count("transpose") == 3
     assert copies(module, x) < copies(original, x)
 
