@@ -35,8 +35,13 @@ DYNAMO_SETTINGS = {
     "skip_nnmodule_hook_guards": False,
     "recompile_limit": 256,
     "accumulated_recompile_limit": 4096,
+    "fake_tensor_cache_enabled": False,
 }
-"""In force while one of our regions runs: constants stay constants, and no graph is dropped for being one too many."""
+"""In force while one of our regions runs: constants stay constants, and no graph is dropped for being one too many.
+
+No cache of fake tensors: with symbolic sizes, making and checking an entry costs more than the shape that it spares (a sixth of
+``optimize``).
+"""
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import sympy
@@ -92,8 +92,12 @@ def fixed_size(node: Any, dim: int = -1) -> int | None:
 
 
 def _fix(environment: Any, symbol: Any) -> None:
-    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
-    environment.evaluate_expr(sympy.Eq(symbol, known[symbol]))
+    environment.evaluate_expr(sympy.Eq(symbol, traced_symbols(environment)[symbol]))
+
+
+def traced_symbols(environment: Any) -> Mapping[Any, Any]:
+    """What each symbol of a size was while tracing; without those that depend on data."""
+    return getattr(environment, "backed_var_to_val", None) or environment.var_to_val
 
 
 def memory_order(x: Tensor, *, wide: bool = False) -> list[int]:

@@ -36,6 +36,7 @@ class JointGraph:
     """The forward and backward of one rewritten graph, by what they save.
 
     Attributes:
+        fakes: the inputs that it is lowered for, with the symbols of its capture for sizes that vary.
         graph: the joint graph of the first lowering, for analysis. Its inputs are those of the region's graph.
         backward: of each choice lowered so far, the backward's graph.
         recorded: what each forward and backward becomes.
@@ -45,13 +46,13 @@ class JointGraph:
     def __init__(
         self,
         module: fx.GraphModule,
-        fakes: Sequence[Any],
+        inputs: Sequence[Any],
         recorded: Recorder | None = None,
         prepared: Prepare | None = None,
         context: TracingContext | None = None,
     ) -> None:
         self.module = module
-        self.fakes = list(fakes)
+        self.fakes = list(inputs) if context else _captured(module, inputs)
         self.recorded = recorded or (lambda function, *_: function)
         self.prepared = prepared or (lambda module: module)
         self.graph: fx.Graph | None = None
@@ -97,6 +98,13 @@ class JointGraph:
         for node in (n for part in parts for n in part.graph.nodes if isinstance(n.target, _Undrawn)):
             node.target = node.target.operator
         return parts
+
+
+def _captured(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
+    """Dynamo's fake values of the graph's inputs, where it has left them. The real ones would be kept alive; and one made from
+    them later, such as :meth:`JointGraph.without_gradient` makes, would have no symbols: it would be lowered for its size."""
+    nodes = [n for n in module.graph.nodes if n.op == "placeholder"]
+    return [n.meta.get("example_value", given) for n, given in zip(nodes, inputs, strict=True)]
 
 
 def unseen() -> AbstractContextManager[Any]:

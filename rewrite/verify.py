@@ -142,9 +142,7 @@ def small(size: Any, longest: int | None = LONGEST) -> Any:
     """``size`` with every symbol in it at most ``longest``; None: as it was traced."""
     if not isinstance(size, torch.SymInt):
         return size if not isinstance(size, torch.SymFloat) else float(size.node.hint or 1.0)
-    expression = size.node.expr
-    known = size.node.shape_env.backed_var_to_val if hasattr(size.node.shape_env, "backed_var_to_val") else {}
-    known = known or getattr(size.node.shape_env, "var_to_val", {})
+    expression, known = size.node.expr, g.traced_symbols(size.node.shape_env)
     traced = {s: int(known.get(s, 2)) for s in expression.free_symbols}
     return int(expression.xreplace({s: n if longest is None else min(n, longest) for s, n in traced.items()}))
 

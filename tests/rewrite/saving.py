@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from weft.rewrite.capture import dynamo_settings
 from weft.rewrite.joint import JointGraph, Prepare, Recorder, is_random, recompute_problem
 from weft.rewrite.remat import Choice, Problem, frontier
 from weft.rewrite.sizes import evaluator
@@ -46,7 +47,8 @@ class Captured:
 
     def __call__(self, *args: Any, saved: frozenset[str] | None = None) -> Any:
         self.saved = saved
-        return self._compiled(*args)
+        with dynamo_settings():
+            return self._compiled(*args)
 
     def problem(self) -> Problem:
         """What to save at the sizes of the last call, where every call takes a second."""
