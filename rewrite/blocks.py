@@ -170,6 +170,10 @@ class StepMemory:
         given = activation(args)
         head = max((h.at(given.numel()) for h in self.heads), default=0) if given is not None else 0
         working = max([costs.working, head + costs.options[0].bytes, *(self._costs[k].working for k in expected)])
+        least = working + len(self.paths) * costs.options[-1].bytes
+        if limit != "min" and self.recordings is not None and self.recordings.count and limit - now < least:
+            self.recordings.give_up()  # those of other sizes, most of them
+            now = resident_bytes(self.parameters, self.model.buffers(), device)
         resident = now + self._pending(now)
         spare = max(0, working - costs.options[0].bytes)
         self.plan = MemoryPlan(None if limit == "min" else limit, resident, working, before=former, spare=spare)

@@ -24,6 +24,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, fx
@@ -73,6 +74,8 @@ class Recordings:
     rates: Rates | None = None
     """Of the device."""
     kept: Kept = field(default_factory=Kept)
+    given_up: int = 0
+    _calls: WeakSet[RecordedCalls] = field(default_factory=WeakSet)
     _unused_after: int = -1
     """Of recordings made after this one no result is in use."""
     _sharded: bool = False
@@ -112,6 +115,15 @@ class Recordings:
         """Kept between steps."""
         return self.kept.bytes
 
+    def give_up(self) -> None:
+        """Let go of all recordings and of what they keep; calls of these sizes run kernel by kernel from now on."""
+        if self.device_type == "cuda":
+            torch.cuda.synchronize()  # what is replayed now must end before its memory is somebody else's
+        for calls in list(self._calls):
+            calls.give_up()
+        self.given_up += self.count
+        self.made, self.kept, self._pool, self._unused_after = [], Kept(), None, -1
+
     def overwrites_no_other(self, recording: Recording) -> bool:
         """Whether it may run next. Results come into use by a replay alone: each recording is looked at once a step."""
         while self._unused_after > recording.number:
@@ -126,6 +138,7 @@ class Recordings:
         done = f"CUDA graphs: {self.count} recordings keep {self.bytes / 2**20:.1f} MiB, {self.replays} replays"
         return [
             *([done] if self.count else []),
+            *([f"CUDA graphs: {self.given_up} recordings were given up for their memory"] if self.given_up else []),
             *(f"CUDA graphs: {n} calls ran kernel by kernel: {why}" for why, n in self.notes.items()),
         ]
 
@@ -154,6 +167,7 @@ class Recordings:
         if any(is_mutating(n) for n in graph.nodes if n.op == "call_function"):
             return function  # what it changes would be a copy of its input, or an input that has moved since
         calls = RecordedCalls(function, graph, self, backward)
+        self._calls.add(calls)
 
         def run(arguments: list[Any]) -> Any:
             return calls(arguments)
@@ -192,6 +206,10 @@ class RecordedCalls:
                     self.shared.replays += 1
                     return recording.run(arguments)
         return self._slowly(arguments)
+
+    def give_up(self) -> None:
+        """Forget the recordings, and want none of their sizes again."""
+        self.known, self.at, self.wanted = {}, {}, dict.fromkeys(self.wanted, False)
 
     def _slowly(self, arguments: list[Any]) -> Any:
         """A call that is not known, or stands in its own way."""

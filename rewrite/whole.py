@@ -47,7 +47,7 @@ def capture_model(
     """
     prefix = next(path for path, module in model.named_modules() if module is root)
     plan = plan_sites(root, prefix)
-    recordings = Recordings(model.parameters) if cuda_graphs and on_gpu(model) else None
+    recordings = Recordings(model.parameters) if cuda_graphs and memory != "min" and on_gpu(model) else None
     if recordings is not None and memory != "free":
         recordings.share = 1.0  # where memory is short, only what is slower without: recordings keep some
     steps = None if memory is None else StepMemory(plan.blocks, model, memory, recordings)

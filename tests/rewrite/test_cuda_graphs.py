@@ -218,6 +218,19 @@ def test_no_more_sizes_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert any("sizes" in note for note in model.recordings.notes)
 
 
+def test_recordings_that_are_given_up_are_not_made_again() -> None:
+    model, plain = both()
+    for seed in range(6):
+        outputs, wanted = model(inputs(seed)), plain(inputs(seed))
+        if seed == 4:
+            model.recordings.give_up()
+        for found in (outputs, wanted):
+            found[-1].pow(2).sum().backward()
+        same([outputs[-1].detach(), *model.grads()], [wanted[-1].detach(), *plain.grads()])
+    assert model.recordings.count == model.recordings.bytes == 0
+    assert model.recordings.given_up == 6
+
+
 def test_what_cannot_be_recorded_runs_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     model, plain = both()
 

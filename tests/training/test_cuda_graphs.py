@@ -79,3 +79,30 @@ def test_accumulated_gradients_padding_and_evaluation() -> None:
 def test_not_if_it_is_not_wanted() -> None:
     model = weft.optimize(adapted(2).to(DEVICE), example_inputs=batch_of(0), memory="8GB", cuda_graphs=False)
     assert model.rewrite_report.steps.recordings is None
+
+
+def test_none_where_memory_is_all_that_counts() -> None:
+    model = weft.optimize(adapted(2).to(DEVICE), example_inputs=batch_of(0), memory="min")
+    assert model.rewrite_report.steps.recordings is None
+
+
+def test_those_of_other_sizes_are_given_up_for_memory() -> None:
+    """The limit leaves room for one size; what is pending when the recordings go is right, too."""
+    model, plain = both()
+    for seed in range(4):
+        for m in (model, plain):
+            m.zero_grad(set_to_none=True)
+            m(**batch_of(seed)).loss.backward()
+    steps = model.rewrite_report.steps
+    assert steps.recordings.replays
+    steps.limit = steps.plan.resident + steps.plan.working
+    for seed in range(4, 8):
+        short = {name: value[:, :12] for name, value in batch_of(seed + 1).items()}
+        for m in (model, plain):
+            m.zero_grad(set_to_none=True)
+            first, second = m(**batch_of(seed)).loss, m(**short).loss
+            second.backward()
+            first.backward()
+        same_gradients(model, plain)
+    assert steps.recordings.given_up >= 8
+    assert any("given up for their memory" in remark for remark in model.rewrite_report.remarks)
