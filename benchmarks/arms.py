@@ -95,10 +95,16 @@ def build(setting: Setting) -> Any:
     return model
 
 
+def targets_of(setting: Setting) -> list[str]:
+    """Names of the linears."""
+    return TARGETS.get(SHAPES[setting.shape][0], ATTENTION + MLP)
+
+
 def _lora(setting: Setting) -> dict[str, Any]:
     """LoRA on every linear."""
-    targets = TARGETS.get(SHAPES[setting.shape][0], ATTENTION + MLP)
-    return {"r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "bias": "none", "target_modules": targets}
+    return {
+        "r": RANK, "lora_alpha": RANK, "lora_dropout": 0.0, "bias": "none", "target_modules": targets_of(setting)
+    }  # fmt: skip
 
 
 def _unsloth(setting: Setting) -> Any:

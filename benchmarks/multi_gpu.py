@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 import tempfile
 import time
 from pathlib import Path
@@ -194,6 +195,7 @@ def print_runs(name: str, tokens_per_s: float, runs: list[dict[str, Any]]) -> No
 def main() -> None:
     """Runs all process counts that the engine is measured with."""
     given = parse()
+    sys.path.append(str(Path(__file__).resolve().parent.parent))  # where the new processes find this module
     counts = [1, given.processes] if given.engine == "ddp" else [given.processes]
     with tempfile.TemporaryDirectory() as folder:
         found = {}

@@ -19,7 +19,7 @@ from weft.rewrite.regions import find_blocks
 from weft.sharding import keep_four_bit
 
 from .arm_settings import Setting
-from .arms import RANK, TARGETS, config_of
+from .arms import RANK, config_of, targets_of
 
 STD = 0.02
 STORAGE = torch.bfloat16
@@ -28,9 +28,10 @@ STORAGE = torch.bfloat16
 
 def qlora_on_meta(setting: Setting) -> Any:
     """The architecture with 4-bit linears and adapters, without any value."""
+    targets = targets_of(setting)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config_of(setting), dtype=torch.bfloat16, attn_implementation="sdpa")
-        for path, linear in [(p, m) for p, m in model.named_modules() if p.rpartition(".")[2] in TARGETS]:
+        for path, linear in [(p, m) for p, m in model.named_modules() if p.rpartition(".")[2] in targets]:
             parent, _, name = path.rpartition(".")
             settings: dict[str, Any] = {
                 "bias": False, "compute_dtype": torch.bfloat16, "quant_type": "nf4", "quant_storage": STORAGE
@@ -39,7 +40,7 @@ def qlora_on_meta(setting: Setting) -> Any:
             setattr(model.get_submodule(parent), name, packed)
     for parameter in model.parameters():
         parameter.requires_grad_(False)
-    adapters = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=list(TARGETS))
+    adapters = LoraConfig(r=RANK, lora_alpha=RANK, target_modules=targets)
     return get_peft_model(model, adapters, low_cpu_mem_usage=True)
 
 
