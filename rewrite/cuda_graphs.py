@@ -75,6 +75,8 @@ class Recordings:
     """Of the device."""
     kept: Kept = field(default_factory=Kept)
     given_up: int = 0
+    allowed: bool = True
+    """Whether there is memory for more."""
     _calls: WeakSet[RecordedCalls] = field(default_factory=WeakSet)
     _unused_after: int = -1
     """Of recordings made after this one no result is in use."""
@@ -227,7 +229,7 @@ class RecordedCalls:
             self.shared.note(obstacle)
             if obstacle is IN_USE and self.backward:
                 found.hand_over_copies()
-        elif isinstance(found, Warm) and found.count < WARM:
+        elif isinstance(found, Warm) and (found.count < WARM or not self.shared.allowed):
             return found.run(self.function, arguments)
         elif isinstance(found, Warm):
             return self._record(key, found, arguments)

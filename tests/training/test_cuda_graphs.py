@@ -86,6 +86,18 @@ def test_none_where_memory_is_all_that_counts() -> None:
     assert model.rewrite_report.steps.recordings is None
 
 
+def test_none_where_a_limit_leaves_no_room_for_them() -> None:
+    model, plain = both()
+    steps = model.rewrite_report.steps
+    for seed in range(7):
+        for m in (model, plain):
+            m.zero_grad(set_to_none=True)
+            m(**batch_of(seed)).loss.backward()
+        same_gradients(model, plain)
+        steps.limit = steps.plan.predicted if seed < 5 else "free"
+        assert steps.recordings.count == (8 if seed == 6 else 0), "all is recorded as soon as there is room"
+
+
 def test_those_of_other_sizes_are_given_up_for_memory() -> None:
     """The limit leaves room for one size; what is pending when the recordings go is right, too."""
     model, plain = both()
