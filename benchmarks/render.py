@@ -130,7 +130,43 @@ def memory_by_length(result: Result) -> list[str]:
 def length_cells(found: Mapping[tuple[str, int | None], Result], arm: str, length: int) -> list[str]:
     """Peak and rate of one arm at one length; where there are none, how it failed there or its process ended before."""
     run = found.get((arm, length)) or found.get((arm, None)) or {"failed": "not run"}
-    return [run["failed"], ""] if "failed" in run else [str(run["peak_gib"]), str(run["tokens_per_s"])]
+    return [run["failed"], ""] if "failed" in run else [str(run["peak_gib"]), str(run.get("tokens_per_s", ""))]
+
+
+def packed(result: Result) -> list[str]:
+    """Ragged documents, padded and packed."""
+    layers = f", {result['layers']} layers" if result["layers"] else ""
+    lines = [f"## Packed documents: {result['shape']}{layers}", "", *machine(result)]
+    mean = result["real_tokens"] / result["documents"] / result["length"]
+    lines += [
+        f"{result['documents']} documents of at most {result['length']} tokens, {mean:.2f} of that in the mean. Packed by weft "
+        f"over padded in transformers: **{result['gain']:.2f} ×**.",
+        "",
+    ]
+    rows = [
+        [way, f"{found['s']:.3f}", str(found["tokens_per_s"]), str(found["places"]), f"{found['loss']:.5f}"]
+        for way, found in result["ways"].items()
+    ]
+    return lines + table(("", "s a step over all documents", "real tokens/s", "places computed", "loss"), rows)
+
+
+def multi_gpu(result: Result) -> list[str]:
+    """Training over several GPUs."""
+    setting = result["setting"]
+    lines = [f"## Several GPUs: {setting['engine']}, {setting['shape']}", "", *machine(result)]
+    lines += [f"{setting['batch']} × {setting['length']} tokens a process, the same batch in every step.", ""]
+    if result["speedup"] is not None:
+        lines += [f"Over one process: **{result['speedup']:.2f} ×**.", ""]
+    rows = [
+        [
+            processes, f"{runs[0]['step_s']:.4f}", f"{sum(r['tokens_per_s'] for r in runs):.0f}",
+            " ".join(str(r["peak_gib"]) for r in runs), f"{runs[0]['optimize_s'] + runs[0]['first_step_s']:.1f}",
+            f"{runs[0]['losses'][0]:.5f}", f"{runs[0]['losses'][-1]:.5f}",
+        ]
+        for processes, runs in result["runs"].items()
+    ]  # fmt: skip
+    head = ("processes", "s a step", "tokens/s in all", "peak GiB", "optimize and first step, s", "loss, first", "last")
+    return lines + table(head, rows)
 
 
 def capture(result: Result) -> list[str]:
@@ -184,8 +220,8 @@ def sweep_rows(result: Result, group: str) -> list[list[str]]:
 
 
 KINDS: dict[str, Callable[[Result], list[str]]] = {
-    "sweep": sweep, "kernels": kernels, "train_step": train_step, "memory_by_length": memory_by_length, "capture": capture,
-    "cpu": cpu,
+    "sweep": sweep, "kernels": kernels, "train_step": train_step, "memory_by_length": memory_by_length, "packed": packed,
+    "multi_gpu": multi_gpu, "capture": capture, "cpu": cpu,
 }  # fmt: skip
 
 
