@@ -35,7 +35,8 @@ def measured_rates(device: torch.device, dtype: torch.dtype) -> Rates:
         copy = 2 * size / _seconds(lambda: target.copy_(source), device)
         product = 2 * side**3 / _seconds(lambda: factor @ factor, device)
         small = source[:16]
-        call = min(_seconds(lambda: small.neg(), device) for _ in range(5))  # others may be busy on the host for a moment
+        # at its best: others may be busy on the host for a moment
+        call = min(_seconds(lambda: small.neg(), device) for _ in range(5))
         host = 0.0
         if cuda:
             pinned = torch.empty(size // dtype.itemsize, dtype=dtype, pin_memory=True)
