@@ -193,8 +193,9 @@ class CapturedGraph:
         alias, function = self.session.alias, self.function
         if alias is not None:
             args, at = alias.instead(args)
+            # a trial need not wait for it: nobody asks for its gradients
             if at is not None and isinstance(function, BlockGraph) and not function.memory.tried:
-                function = function.without_gradient(at)  # which a trial need not wait for: nobody asks for its gradients
+                function = function.without_gradient(at)
         return function(*args)
 
     def _note(self, args: tuple[Any, ...]) -> None:
