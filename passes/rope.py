@@ -56,15 +56,15 @@ class FuseRope(RewriteRule):
     name = "rope"
     variants = {
         "form": (
-            "rotate half", "two halves", "rotate pairs", "two of a pair", "complex", "complex, one table", "rolled",
-            "rolled, with signs",
+            "rotate half", "two halves", "two halves and the rest", "rotate pairs", "two of a pair", "complex",
+            "complex, one table", "rolled", "rolled, with signs",
         ),
         "back": (False, True),
     }  # fmt: skip
 
     def pattern(
         self, x: Any, cos: Any, sin: Any, a: Any, b: Any, c: Any, d: Any, p: Any, q: Any, shift: Any, signs: Any,
-        *, form: str, back: bool,
+        rest: Any, *, form: str, back: bool,
     ) -> Any:  # fmt: skip
         """Half-rotated and interleaved, through a rotated copy or part by part, as a complex product; either way round."""
         if form.startswith("complex"):
@@ -73,7 +73,8 @@ class FuseRope(RewriteRule):
             moved = x.roll(shift, -1) * signs if form.endswith("signs") else x.roll(shift, -1)
             return x * cos - moved * sin if back else x * cos + moved * sin
         first, second = part(x, a, b, p), part(x, c, d, q)
-        join = interleave if "pair" in form else lambda left, right: torch.cat((left, right), -1)
+        more = (rest,) if form.endswith("rest") else ()
+        join = interleave if "pair" in form else lambda left, right: torch.cat((left, right, *more), -1)
         if form.startswith("rotate"):
             turned = join(-second, first) * sin
             return x * cos - turned if back else x * cos + turned
@@ -86,7 +87,7 @@ class FuseRope(RewriteRule):
         rolled = m.form.startswith("rolled")
         if rolled and not _rolls_halves(m):  # first: what is rolled otherwise may be as long as it likes
             return self.refuse(m, f"what is turned is rolled by {_shift(m)} of {traced_size(m.x)}, not by half")
-        size = fixed_size(m.x)
+        size = _turned(m)
         if not size or size % 2 or (rolled and not isinstance(settled(value(m.shift)), int)):
             return self.refuse(m, "the rotated dimension has no fixed even size")
         if m.a is not None and not (
@@ -95,8 +96,10 @@ class FuseRope(RewriteRule):
             return self.refuse(m, f"the rotated parts {_parts(m)} are not the two halves of {size}")
         if m.form == "rotate pairs" and not _pairs(m, size):
             return self.refuse(m, f"the rotated parts {_parts(m)} are not the pairs of {size}")
-        if sizes(m.x) != sizes(m.root):
+        if sizes(m.x)[:-1] != sizes(m.root)[:-1] or traced_size(m.root) != size + _rest(m):
             return self.refuse(m, "the tables are larger than what they rotate")
+        if m.rest is not None and dtype_of(m.rest) != dtype_of(m.root):
+            return self.refuse(m, f"what is turned becomes {dtype_of(m.root)} only beside the rest")
         table = tensor_of(m.cos)
         if m.form.startswith("complex") and not (table is not None and table.is_complex()):
             return self.refuse(m, "complex numbers are scaled, not turned")
@@ -110,12 +113,14 @@ class FuseRope(RewriteRule):
             return self.refuse(m, f"{len(sizes(m.x))} dimensions")
         return None
 
-    def rewrite(self, m: Match, x: Any, cos: Any, sin: Any, **_: Any) -> Any:
+    def rewrite(self, m: Match, x: Any, cos: Any, sin: Any, rest: Any, **_: Any) -> Any:
         """One rotation; a table of complex numbers is cosine and sine in one.
 
         Pairs that are returned as halves, or halves as pairs, are sorted that way first.
         """
-        size = fixed_size(m.x)
+        size = _turned(m)
+        if size != static_size(m.x):
+            x = x[..., :size]
         pairs = "pair" in m.form or m.form.startswith("complex")
         if m.a is not None and pairs != _pairs(m, size):
             x = x.unflatten(-1, (2, -1) if pairs else (-1, 2)).transpose(-1, -2).flatten(-2)
@@ -123,7 +128,22 @@ class FuseRope(RewriteRule):
             sin = _sine(m)
         elif m.back:
             sin = _negative(m, sin)
-        return call(rope_single, x, cos, sin, interleaved=pairs, rotary_dim=size, dtype=dtype_of(m.root))
+        turned = call(rope_single, x, cos, sin, interleaved=pairs, rotary_dim=size, dtype=dtype_of(m.root))
+        return turned if m.rest is None else torch.cat((turned, rest), -1)
+
+
+def _turned(m: Match) -> int | None:
+    """How many elements are turned: the first of x where its halves are taken from there, else all."""
+    size = fixed_size(m.x)
+    if m.form.startswith("two halves") and size:
+        first, middle, start, stop, *steps = _parts(m)
+        if (first, steps) == (0, [1, 1]) and isinstance(stop, int) and 2 * middle == 2 * start == stop <= size:
+            return stop
+    return size
+
+
+def _rest(m: Match) -> int:
+    return 0 if m.rest is None else traced_size(m.rest) or 0
 
 
 def _parts(m: Match) -> tuple[Any, ...]:
@@ -133,6 +153,7 @@ def _parts(m: Match) -> tuple[Any, ...]:
 
 
 def _halves(m: Match, size: Any) -> bool:
+    """Whether the parts are the halves of the first ``size`` elements."""
     return _parts(m) == (0, size // 2, size // 2, size, 1, 1)
 
 

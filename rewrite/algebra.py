@@ -6,11 +6,22 @@ from typing import Any
 
 from torch import fx
 
-from . import algebra_arithmetic, algebra_losses, algebra_masks, algebra_products, algebra_reductions, algebra_shapes
+from . import (
+    algebra_arithmetic,
+    algebra_exponentials,
+    algebra_losses,
+    algebra_masks,
+    algebra_products,
+    algebra_reductions,
+    algebra_shapes,
+)
 from .equation import REGISTERED, Equation, Site
 from .expr import Expr, View
 
-THEMES = (algebra_losses, algebra_masks, algebra_reductions, algebra_arithmetic, algebra_shapes, algebra_products)
+THEMES = (
+    algebra_losses, algebra_masks, algebra_reductions, algebra_exponentials, algebra_arithmetic, algebra_shapes,
+    algebra_products,
+)  # fmt: skip
 """In this order, and within one from top to bottom, equations of one operation are tried."""
 
 

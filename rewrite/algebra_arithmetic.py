@@ -40,6 +40,15 @@ def negative_addend(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr |
     return v.make("sub", y, positive, node=at.node) if positive is not None else None
 
 
+@equation("mul")
+def negative_product(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """x·(−1) = −x"""
+    for z, c in ((x, y), (y, x)):
+        if is_number(c) and c == -1 and not is_number(z):
+            return v.make("neg", z, node=at.node)
+    return None
+
+
 def _negated(v: View, x: Any) -> Expr | None:
     """What ``x`` is the negative of, if it is a negative or a product with one."""
     inner = op_of(x, "neg", "mul")
@@ -97,6 +106,17 @@ def square_of_itself(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     return v.make("square", x, node=at.node) if same(x, y) else None
 
 
+@equation("square")
+def square_of_a_root(v: View, at: Site, x: Any) -> Expr | None:
+    """(√z)² = z  of a mean or a sum of squares; (c·y)² = c²·y²  of a root y"""
+    y, c = numeric_factor(x)
+    root = op_of(y, "sqrt")
+    total = op_of(root.args[0], "mean", "sum") if root else None
+    if root is None or total is None or op_of(total.args[0], "square") is None:
+        return None
+    return root.args[0] if c is None else v.make("mul", root.args[0], c * c, node=at.node)
+
+
 @equation("div")
 def division(v: View, at: Site, x: Any, y: Any, rounding_mode: Any = None) -> Expr | None:
     """x / y = x · y⁻¹;  x / c = x · (1/c)  of a number;  Σx / n = mean x"""
@@ -110,18 +130,6 @@ def division(v: View, at: Site, x: Any, y: Any, rounding_mode: Any = None) -> Ex
     if is_number(x) and x == 1:
         return v.make("reciprocal", y, node=at.node)
     return v.make("mul", x, v.make("reciprocal", y), node=at.node)
-
-
-@equation("reciprocal")
-def logistic(v: View, at: Site, x: Any) -> Expr | None:
-    """1/(1 + exp −z) = σ(z)"""
-    total = op_of(x, "add")
-    for one, power in (total.args, total.args[::-1]) if total and not v.pattern else ():
-        exponent = op_of(power, "exp")
-        z = op_of(exponent.args[0], "neg") if exponent and is_number(one) and one == 1 else None
-        if z is not None:
-            return v.make("sigmoid", z.args[0], node=at.node)
-    return None
 
 
 @equation("reciprocal")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import fx
 
-from .equation import Site, equation, op_of
+from .equation import Site, equation, from_the_end, op_of
 from .expr import Expr, View, last_size, rank
 from .graph import autograd_body, sizes
 from .vocabulary import bind, operation
@@ -30,6 +30,19 @@ def matrix_product(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     if v.pattern or (rank(y) == 2 and (rank(x) or 0) >= 2):
         return v.intern("linear_columns", (x, y, None), at.node)
     return None
+
+
+@equation("squeeze")
+def product_of_row_and_column(v: View, at: Site, x: Any, dim: Any = None) -> Expr | None:
+    """(x[..., None, :] @ y[..., None])[..., 0] = Σ x·y  with its dimension kept"""
+    product = op_of(x, "matmul") if isinstance(x, Expr) else None
+    row, column = (op_of(a, "unsqueeze") for a in product.args) if product else (None, None)
+    if product is None or row is None or column is None or from_the_end(dim, x) not in (-1, -2):
+        return None
+    dims = rank(product)
+    if dims is None or row.args[1] not in (-2, dims - 2) or column.args[1] not in (-1, dims - 1):
+        return None
+    return v.make("sum", v.make("mul", row.args[0], column.args[0]), -1, True, None, node=at.node)
 
 
 @equation("linear")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
 from typing import Any
 
 from .equation import Site, equation, from_the_end, is_number
@@ -117,10 +119,10 @@ def part(v: View, at: Site, x: Expr, start: Any, stop: Any, step: Any) -> Expr |
 
 
 def _piece(v: View, at: Site, x: Expr, index: int) -> Expr | None:
-    """One result of ``chunk``, ``split`` or ``unbind`` over the last dimension."""
+    """One result of ``chunk``, ``split``, ``tensor_split`` or ``unbind`` over the last dimension."""
     if x.op == "unbind" and isinstance(x.args[0], Expr):
         return _pair_element(v, at, x.args[0], index) if from_the_end(x.args[1], x.args[0]) == -1 else None
-    if x.op not in ("chunk", "split") or from_the_end(x.args[2], x.args[0]) != -1:
+    if x.op not in ("chunk", "split", "tensor_split") or from_the_end(x.args[2], x.args[0]) != -1:
         return None
     size = last_size(x.args[0])
     lengths = _lengths(x, size)
@@ -135,11 +137,21 @@ def _lengths(x: Expr, size: int | None) -> list[int] | None:
     if size is None:
         return None
     if isinstance(x.args[1], tuple | list):
-        return list(x.args[1]) if all(isinstance(i, int) for i in x.args[1]) else None
+        if not all(isinstance(i, int) for i in x.args[1]):
+            return None
+        return _between(x.args[1], size) if x.op == "tensor_split" else list(x.args[1])
     if not isinstance(x.args[1], int):
         return None
+    if x.op == "tensor_split":
+        return [size // x.args[1] + (i < size % x.args[1]) for i in range(x.args[1])]
     step = -(-size // x.args[1]) if x.op == "chunk" else x.args[1]
     return [min(step, size - i) for i in range(0, size, step)]
+
+
+def _between(cuts: Sequence[int], size: int) -> list[int] | None:
+    """The lengths between ``cuts``, where they are in order."""
+    ends = [0, *cuts, size]
+    return [b - a for a, b in pairwise(ends)] if ends == sorted(ends) else None
 
 
 def _pair_element(v: View, at: Site, x: Expr, index: int) -> Expr | None:

@@ -30,6 +30,8 @@ sqrt(x)                                                                      |
 rsqrt(x)                                                                     |
 reciprocal(x)                                                                |
 exp(x)                                                                       |
+log(x)                                                                       |
+logsigmoid(x)                                                                | log_sigmoid
 tanh(x)                                                                      |
 erf(x)                                                                       |
 sigmoid(x)                                                                   | expit
@@ -83,6 +85,7 @@ cat(tensors, dim=0)                                                          | c
 stack(tensors, dim=0)                                                        |
 chunk(x, chunks, dim=0)                                                      |
 split(x, size, dim=0)                                                        | split_with_sizes
+tensor_split(x, sections, dim=0)                                             |
 unbind(x, dim=0)                                                             |
 narrow(x, dim, start, length)                                                |
 select(x, dim, index)                                                        |

@@ -25,6 +25,8 @@ HALVES = {
     "split": lambda x, d: tuple(torch.split(x, d // 2, -1)[i] for i in range(2)),
     "split, lengths": lambda x, d: tuple(x.split([d // 2, d // 2], dim=3)[i] for i in range(2)),
     "narrow": lambda x, d: (x.narrow(-1, 0, d // 2), torch.narrow(x, -1, d // 2, d // 2)),
+    "tensor_split": lambda x, d: tuple(torch.tensor_split(x, 2, dim=3)[i] for i in range(2)),
+    "tensor_split, indices": lambda x, d: tuple(x.tensor_split((d // 2,), -1)[i] for i in range(2)),
 }
 PAIRS = {
     "steps": lambda x, d: (x[..., ::2], x[..., 1::2]),
@@ -96,6 +98,7 @@ spellings = st.fixed_dictionaries(
         "heads": st.sampled_from(((2, 2), (4, 1), (2, 4))),
         "size": st.sampled_from((2, 4, 6, 8)),
         "rest": st.sampled_from((0, 0, 4)),
+        "at once": st.booleans(),
         "table": st.sampled_from(("per position", "per row")),
         "table_grad": st.booleans(),
     }
@@ -107,6 +110,10 @@ def spelt(s: dict[str, Any]) -> Any:
     size = s["size"]
 
     def one(x: Any, cos: Any, sin: Any) -> tuple[Any, Any]:
+        if s["rest"] and s["form"] == "two halves" and s["at once"]:
+            first, second = x[..., : size // 2], x[..., size // 2 : size]
+            turned = [t.to(s["dtype"]) for t in TURNS[s["turn"]](first, second, cos, sin)]
+            return torch.cat((*turned, x[..., size:]), s["cat"]), first
         part, rest = (x[..., :size], x[..., size:]) if s["rest"] else (x, None)
         y, inner = rotated(part, cos, sin, s, size)
         y = y.to(s["dtype"]) if s["narrow"] or rest is not None else y

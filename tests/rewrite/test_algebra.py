@@ -31,6 +31,7 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x, y: x - (-y), lambda x, y: x + y),
         (lambda x, y: (-y) + x, lambda x, y: x - y),
     ],
+    "negative_product": [(lambda x: x * -1, lambda x: -x), (lambda x, y: x - y * -1.0, lambda x, y: x + y)],
     "product_added": [
         (lambda x, y: torch.addcmul(x, x, y), lambda x, y: x + x * y),
         (lambda x, y: torch.addcmul(x, x, y, value=0.5), lambda x, y: x + (x * y) * 0.5),
@@ -51,6 +52,23 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     ],
     "square_of_itself": [(lambda x: x * x, lambda x: x**2), (lambda x: x * x.double(), lambda x: torch.square(x))],
     "root_of_a_mean": [(lambda x: (x * x).sum(-1, True).sqrt() * 6**-0.5, lambda x: (x * x).mean(-1, True).sqrt())],
+    "square_of_a_root": [
+        (lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2, lambda x: (x * x).sum(-1, True)),
+        (lambda x: (x.norm(dim=-1, keepdim=True) * 3) ** 2, lambda x: (x * x).sum(-1, True) * 9),
+    ],
+    "product_of_row_and_column": [
+        (lambda x: (x.unsqueeze(-2) @ x.unsqueeze(-1)).squeeze(-1), lambda x: (x * x).sum(-1, True)),
+        (lambda x: torch.matmul(x.unsqueeze(2), x.unsqueeze(3)).squeeze(3), lambda x: (x * x).sum(-1, True)),
+    ],
+    "logistic_of_half": [
+        (lambda x: 0.5 * (1 + torch.tanh(x / 2)), lambda x: torch.sigmoid(x)),
+        (lambda x, y: y * 0.5 * (torch.tanh(0.5 * x) + 1), lambda x, y: y * torch.sigmoid(x)),
+    ],
+    "power_by_logarithm": [
+        (lambda x: torch.exp(-0.5 * torch.log(x.abs())), lambda x: torch.rsqrt(x.abs())),
+        (lambda x: torch.exp(torch.log(x.abs()) * 0.5), lambda x: torch.sqrt(x.abs())),
+        (lambda x: torch.exp(F.logsigmoid(x)), lambda x: torch.sigmoid(x)),
+    ],
     "mean_of_a_sum": [(lambda x: (x * x).sum(-1, True) * (1 / 6), lambda x: (x * x).mean(-1, True))],
     "division": [
         (lambda x, y: x / y, lambda x, y: x * torch.reciprocal(y)),
