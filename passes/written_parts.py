@@ -19,7 +19,8 @@ _MAKERS = frozenset((
 """What makes memory that nobody else holds. The gradient of what a clone held is zero once all of it is overwritten; of what
 other operations compute it might be 0 · ∞."""
 _MOST = 3
-"""Parts that become one operation: two halves that are turned, and the rest. No rule knows joints of more, whose values would all be held in memory until the last."""
+"""Parts that become one operation: two halves that are turned, and the rest. No rule knows joints of more, whose values would
+all be held in memory until the last."""
 
 
 class _Write(NamedTuple):

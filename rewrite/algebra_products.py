@@ -82,6 +82,45 @@ def _is_low_rank(low: Expr) -> bool:
     return all(isinstance(s, int) for s in (rows, terms, columns)) and terms < min(rows, columns)
 
 
+@equation("linear", "linear_columns")
+def negative_operand(v: View, at: Site, x: Any, weight: Any, bias: Any = None) -> Expr | None:
+    """(−x) Wᵀ = −(x Wᵀ)"""
+    inner = op_of(x, "neg")
+    if inner is None or bias is not None:
+        return None
+    return v.make("neg", v.make(at.op, inner.args[0], weight, None), node=at.node)
+
+
+@equation("linear")
+def joined_operands(v: View, at: Site, x: Any, weight: Any, bias: Any = None) -> Expr | None:
+    """(x, y) (W, V)ᵀ + b = x Wᵀ + b + y Vᵀ  where x is as wide as W"""
+    rows, columns = op_of(x, "cat"), op_of(weight, "cat")
+    if v.pattern or rows is None or columns is None or rows.args[1] != -1 or columns.args[1] != -1:
+        return None
+    pairs = list(zip(rows.args[0], columns.args[0], strict=False))
+    widths = [[last_size(side) for side in pair] for pair in pairs]
+    if len(pairs) != 2 or [len(rows.args[0]), len(columns.args[0])] != [2, 2]:
+        return None
+    if any(a is None or a != b for a, b in widths):
+        return None
+    first, second = (v.make("linear", a, b, c) for (a, b), c in zip(pairs, (bias, None), strict=True))
+    return v.make("add", first, second, node=at.node)
+
+
+@equation("tensordot")
+def tensor_product(v: View, at: Site, x: Any, y: Any, dims: Any = 2, out: Any = None) -> Expr | None:
+    """tensordot(x, W, 1) = x·W of a matrix W;  tensordot(x, W, ([−1], [1])) = x·Wᵀ"""
+    if not isinstance(x, Expr) or not isinstance(y, Expr) or rank(y) != 2:
+        return None
+    if dims == 1:
+        return v.make("matmul", x, y, node=at.node)
+    pair = dims if isinstance(dims, tuple | list) and len(dims) == 2 else ((), ())
+    of_x, of_y = (from_the_end(d, z) for d, z in zip(pair, (x, y), strict=True))
+    if of_x != -1 or of_y not in (-1, -2):
+        return None
+    return v.make("linear" if of_y == -1 else "linear_columns", x, y, None, node=at.node)
+
+
 @equation("einsum")
 def summed_products(v: View, at: Site, equation: Any, operands: Any) -> Expr | None:
     """…k, ok → …o is a linear;  …k, ko → …o one of a weight by columns;  …k, …k → … is Σ x·y"""

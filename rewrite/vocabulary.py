@@ -64,6 +64,7 @@ rms_norm(x, normalized_shape, weight=None, eps=None)                         |
 layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-05, cudnn_enable=True) |
 linear(x, weight, bias=None)                                                 |
 matmul(x, y)                                                                 | mm bmm __matmul__
+tensordot(x, y, dims=2, out=None)                                            |
 addmm(x, mat1, mat2, beta=1, alpha=1)                                        |
 grouped_mm(x, weight, offs=None, bias=None, out_dtype=None)                  | _grouped_mm transformers.grouped_mm_fallback
 einsum(equation, *operands)                                                  |

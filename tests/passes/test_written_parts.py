@@ -127,7 +127,8 @@ TOLD: dict[str, Callable[[Any, Any, Any], Any]] = {
     "itself": lambda x, a, b: _itself(x, b),
     "no gradient": lambda x, a, b: _untracked(x, a, b),
     "four parts": lambda x, a, b: _written(
-        x, ((slice(None, 3), a[..., :3]), (slice(3, 4), a[..., 3:]), (slice(4, 6), b[..., :2]), (slice(6, 8), b[..., 2:]))
+        x,
+        ((slice(None, 3), a[..., :3]), (slice(3, 4), a[..., 3:]), (slice(4, 6), b[..., :2]), (slice(6, 8), b[..., 2:])),
     ),
 }
 """Writes that must stay: somebody could tell, or no rule could use the value."""

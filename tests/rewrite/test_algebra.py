@@ -52,6 +52,18 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     ],
     "square_of_itself": [(lambda x: x * x, lambda x: x**2), (lambda x: x * x.double(), lambda x: torch.square(x))],
     "root_of_a_mean": [(lambda x: (x * x).sum(-1, True).sqrt() * 6**-0.5, lambda x: (x * x).mean(-1, True).sqrt())],
+    "negative_operand": [(lambda x, w: F.linear(-x, w), lambda x, w: -F.linear(x, w))],
+    "joined_operands": [
+        (
+            lambda x, y, w, b: F.linear(torch.cat((x, y), -1), torch.cat((w, w * 2), 1), b),
+            lambda x, y, w, b: F.linear(x, w, b) + F.linear(y, w * 2),
+        )
+    ],
+    "tensor_product": [
+        (lambda x, w: torch.tensordot(x, w.T, 1), lambda x, w: F.linear(x, w)),
+        (lambda x, w: torch.tensordot(x, w, dims=([-1], [1])), lambda x, w: F.linear(x, w)),
+        (lambda x, w: torch.tensordot(x, w, dims=([2], [1])), lambda x, w: F.linear(x, w)),
+    ],
     "square_of_a_root": [
         (lambda x: torch.linalg.vector_norm(x, dim=-1, keepdim=True) ** 2, lambda x: (x * x).sum(-1, True)),
         (lambda x: (x.norm(dim=-1, keepdim=True) * 3) ** 2, lambda x: (x * x).sum(-1, True) * 9),
