@@ -115,6 +115,17 @@ def _on(like: Tensor, device: torch.device) -> Any:
     return _Like(like, device)
 
 
+OVERWRITTEN = (
+    "these logits are computed when they are first read, and what they are computed from has been overwritten since, by an "
+    'optimizer\'s step, say: read them before, or keep them with optimize(model, passes=default_passes("train", logits="keep"))'
+)
+
+
+def _version(x: Tensor) -> int | None:
+    """How often ``x`` was written to; None where nobody counts: no tensor made in inference mode can be written to outside."""
+    return None if x.is_inference() else x._version
+
+
 def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float, tracked: bool) -> Tensor:
     with torch.set_grad_enabled(tracked):
         logits = F.linear(x, weight, bias)
@@ -133,6 +144,10 @@ def deferred_logits(
 
     Returns:
         (..., vocab) in x's dtype, autocast's where it is on.
+
+    Raises:
+        RuntimeError: on the first read, if x, the weight or the bias was overwritten since, by an optimizer's step, say: what
+            the logits were cannot be computed any more.
     """
     if isinstance(x, FakeTensor):
         return _logits(x, weight, bias, logit_scale, softcap, torch.is_grad_enabled())
@@ -142,7 +157,12 @@ def deferred_logits(
     autocast = partial(torch.autocast, kind, dtype=dtype, enabled=torch.is_autocast_enabled(kind))
     tracked = torch.is_grad_enabled()
 
+    read = [t for t in (x, weight, bias) if t is not None]
+    versions = [_version(t) for t in read]
+
     def compute() -> Tensor:
+        if versions != [_version(t) for t in read]:
+            raise RuntimeError(OVERWRITTEN)
         with autocast():
             return _logits(x, weight, bias, logit_scale, softcap, tracked)
 

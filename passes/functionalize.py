@@ -49,12 +49,13 @@ def _is_safe(node: fx.Node) -> bool:
     if g.storage_roots(target) != {target} or target.op not in ("call_function", "call_method"):
         return False
     same_type = g.dtype_of(target) == g.dtype_of(node) and g.sizes(target) == g.sizes(node)
-    return same_type and not any(_aliases(user, target) for user in target.users if user is not node)
+    return same_type and not any(_aliases(user, target, node) for user in target.users if user is not node)
 
 
-def _aliases(user: fx.Node, target: fx.Node) -> bool:
-    """Whether ``user`` may hand out ``target``'s memory: a view of it, or the graph's output."""
-    return user.op == "output" or (target in g.storage_roots(user)) or is_in_place(user)
+def _aliases(user: fx.Node, target: fx.Node, node: fx.Node) -> bool:
+    """Whether ``user`` may hand out ``target``'s memory: a view of it, or a write before. Whatever reads ``target`` itself
+    after ``node``, the graph's output included, is given the result."""
+    return user.op != "output" and (target in g.storage_roots(user) or (is_in_place(user) and g.before(user, node)))
 
 
 def _functional(node: fx.Node) -> tuple[str, Any, dict[str, Any]] | None:

@@ -11,8 +11,7 @@ from .expr import Expr, View
 @equation("reciprocal")
 def logistic(v: View, at: Site, x: Any) -> Expr | None:
     """1/(1 + exp −z) = σ(z)"""
-    total = op_of(x, "add")
-    for one, power in (total.args, total.args[::-1]) if total and not v.pattern else ():
+    for one, power in _addends(x) if not v.pattern else ():
         exponent = op_of(power, "exp")
         z = op_of(exponent.args[0], "neg") if exponent and is_number(one) and one == 1 else None
         if z is not None:
@@ -32,10 +31,15 @@ def logistic_of_half(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     return None
 
 
+def _addends(x: Any) -> list[tuple[Any, Any]]:
+    """The two, either way round, of a sum that goes to memory of its own."""
+    total = op_of(x, "add")
+    return [(a, b) for a, b in (total.args, total.args[::-1])] if total and len(total.args) == 2 else []
+
+
 def _of_half(x: Any) -> Expr | None:
     """z where ``x`` is 1 + tanh ½z."""
-    total = op_of(x, "add")
-    for one, tanh in (total.args, total.args[::-1]) if total else ():
+    for one, tanh in _addends(x):
         inner = op_of(tanh, "tanh") if is_number(one) and one == 1 else None
         z, half = numeric_factor(inner.args[0]) if inner else (None, None)
         if half == 0.5:

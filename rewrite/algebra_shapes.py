@@ -30,8 +30,10 @@ def transposed(v: View, at: Site, x: Any, *dims: Any) -> Expr | None:
 
 @equation("permute")
 def permuted(v: View, at: Site, x: Any, dims: Any) -> Expr | None:
-    """permute(x, [1, 0]) of a matrix is its transpose."""
-    return v.make("t", x, node=at.node) if tuple(dims) in ((1, 0), (-1, -2)) else None
+    """A permutation of the last two dimensions is a transpose."""
+    n = len(dims)
+    swapped = [d % n for d in dims] == [*range(n - 2), n - 1, n - 2] if n > 1 else False
+    return v.make("t", x, node=at.node) if swapped else None
 
 
 @equation("view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand")

@@ -200,8 +200,16 @@ def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, Any]) -> R
     for node in inside:
         if read & g.overwritten(node):
             return rule.refuse(match, f"{node.name} overwrites a value in place between the matched operations")
+    if any(map(g.requires_grad, match.outputs)) and (node := _overwritten_later(match)) is not None:
+        return rule.refuse(match, f"{node.name} overwrites later what the replacement may keep for its backward")
     late = [i.name for i in match.inputs() if not g.before(i, end)]
     return rule.refuse(match, f"{late[0]} is computed after a result is first read") if late else None
+
+
+def _overwritten_later(match: Match) -> fx.Node | None:
+    """What writes to an input or a result of ``match`` after it: the original may have kept a copy, or it in another dtype."""
+    kept = set[fx.Node]().union(*(g.storage_roots(n) for n in (*match.inputs(), *match.outputs)))
+    return next((n for n in match.root.graph.nodes if g.before(match.root, n) and kept & g.overwritten(n)), None)
 
 
 def _replace(

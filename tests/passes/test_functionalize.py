@@ -108,9 +108,7 @@ UNSAFE: dict[str, Callable[[Any, Any], Any]] = {
     "input": lambda x, y: x.add_(y),
     "view": lambda x, y: (x * 2).view(-1).add_(1.0),
     "base": lambda x, y: _base(x, y),
-    "returned too": lambda x, y: _returned(x, y),
     "function of an input": lambda x, y: torch.clamp_(x, min=0) * y,
-    "threshold": lambda x, y: (F.threshold(h := x * 2, 0, 0, True), h)[1],
     "another type": lambda x, y: (x * 2).to(torch.float32).view(-1).add_(y.view(-1)),
 }
 
@@ -134,6 +132,17 @@ def test_writes_that_somebody_may_see_stay(name: str) -> None:
     before = described(module)
     Functionalize().run(module, None)
     assert described(module) == before and any(is_in_place(n) for n in module.graph.nodes)
+
+
+@pytest.mark.parametrize(
+    "function", [_returned, lambda x, y: (F.threshold(h := x * y, 0, 0, True), h)[1]], ids=["add_", "threshold"]
+)
+def test_what_is_returned_after_a_write_is_its_result(function: Any) -> None:
+    inputs = {"x": normal(0, 3, 4), "y": normal(1, 3, 4)}
+    module = trace(function, inputs)
+    Functionalize().run(module, None)
+    assert not any(is_in_place(n) for n in module.graph.nodes), module.graph
+    torch.testing.assert_close(module(*inputs.values()), function(*inputs.values()))
 
 
 def test_equal_operations_become_one_unless_random_or_in_another_mode() -> None:

@@ -223,6 +223,20 @@ def test_deferred_logits_are_computed_when_read() -> None:
         torch.testing.assert_close(found, peer)
 
 
+@pytest.mark.parametrize("name", ["x", "w"])
+def test_deferred_logits_know_when_it_is_too_late(name: str) -> None:
+    """After a step they would be those of other weights."""
+    inputs = {n: v.detach().clone() for n, v in INPUTS.items()}
+    module = trace(shifted, inputs)
+    apply(module, RULES)
+    (_, early, *_), (_, late, *_) = module(*inputs.values()), module(*inputs.values())
+    kept = (early + 0).clone()
+    inputs[name].add_(1.0)
+    torch.testing.assert_close(early + 0, kept)
+    with pytest.raises(RuntimeError, match=r"optimizer's step.*logits="):
+        late.sum()
+
+
 def test_verified_in_half_precision_and_on_both_outputs() -> None:
     inputs = {n: v.detach().bfloat16().requires_grad_() if v.is_floating_point() else v for n, v in INPUTS.items()}
     module, outcome = check(shifted, inputs, RULES, count=1, terms=8 * CLASSES, verify=True)

@@ -172,7 +172,11 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda w: w.T.t().T, lambda w: w.permute(1, 0)),
         (lambda x: x.transpose(1, 2), lambda x: x.transpose(-1, -2)),
     ],
-    "permuted": [(lambda w: w.permute(1, 0), lambda w: w.t())],
+    "permuted": [
+        (lambda w: w.permute(1, 0), lambda w: w.t()),
+        (lambda x: x.permute(0, 2, 1), lambda x: x.transpose(1, 2)),
+        (lambda x: x.permute(0, -1, 1), lambda x: x.mT),
+    ],
     "reshaped": [
         (lambda x: x.view(2, 3, 6), lambda x: x.contiguous()),
         (lambda x, y: torch.stack((x, y), -1).flatten(-2), lambda x, y: torch.stack((x, y), 3).view(2, 3, 12)),
