@@ -207,8 +207,9 @@ def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, Any]) -> R
 
 
 def _overwritten_later(match: Match) -> fx.Node | None:
-    """What writes to an input or a result of ``match`` after it: the original may have kept a copy, or it in another dtype."""
-    kept = set[fx.Node]().union(*(g.storage_roots(n) for n in (*match.inputs(), *match.outputs)))
+    """What writes, after ``match``, to a value that it reads: the original may have kept a copy, or it in another dtype."""
+    read = [n for n in match.outputs if not set(match.nodes).isdisjoint(n.users)]
+    kept = set[fx.Node]().union(*(g.storage_roots(n) for n in (*match.inputs(), *read)))
     return next((n for n in match.root.graph.nodes if g.before(match.root, n) and kept & g.overwritten(n)), None)
 
 
