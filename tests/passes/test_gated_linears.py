@@ -89,7 +89,7 @@ def test_a_write_between_keeps_them_apart() -> None:
         lora = lambda w: F.linear(x, w) + F.linear(F.linear(x, a), b)  # noqa: E731
         gate, up = lora(w), lora(w * 2)
         seen = seen * 1.0
-        seen.add_(1.0)
+        seen.view(-1).add_(1.0)
         return F.silu(gate) * up, seen
 
     sizes = {"x": (3, IN), "w": (OUT, IN), "a": (2, IN), "b": (OUT, 2), "seen": (4,)}
