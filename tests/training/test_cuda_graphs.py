@@ -15,6 +15,9 @@ from ..rewrite.recorded import DEVICE, ON_GPU, Stand
 from .held import adapted
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
+LATER = 2 if ON_GPU else 0
+"""Steps by which backwards are recorded later than forwards: on a GPU attention in float32 is torch's, whose backward is another
+call once the forward is recorded."""
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +41,6 @@ def both(**options: Any) -> tuple[Any, Any]:
 
 
 def test_steps_of_a_trained_model() -> None:
-    """On a GPU attention in float32 is torch's: its backward is another call once the forward is recorded."""
     pair = both()
     optimizers = [torch.optim.SGD([p for p in m.parameters() if p.requires_grad], lr=0.1) for m in pair]
     for seed in range(7):
@@ -49,7 +51,7 @@ def test_steps_of_a_trained_model() -> None:
             optimizer.step()
             optimizer.zero_grad()
     recordings = pair[0].rewrite_report.steps.recordings
-    assert recordings.count == 8 and recordings.replays >= 4 * 8 - 2 * 4 * ON_GPU, recordings.notes
+    assert recordings.count == 8 and recordings.replays >= 4 * 8 - LATER * 4, recordings.notes
     assert "8 recordings" in str(pair[0].rewrite_report)
     weft.undo(pair[0])
     assert_same(*(outcome(m, batch_of(9)) for m in pair), rounding=1e-3)
@@ -89,19 +91,20 @@ def test_none_where_memory_is_all_that_counts() -> None:
 def test_none_where_a_limit_leaves_no_room_for_them() -> None:
     model, plain = both()
     steps = model.rewrite_report.steps
-    for seed in range(7):
+    for seed in range(7 + LATER):
         for m in (model, plain):
             m.zero_grad(set_to_none=True)
             m(**batch_of(seed)).loss.backward()
         same_gradients(model, plain)
         steps.limit = steps.plan.predicted if seed < 5 else "free"
-        assert steps.recordings.count == (8 if seed == 6 else 0), "all is recorded as soon as there is room"
+        assert seed > 5 or not steps.recordings.count
+    assert steps.recordings.count == 8, "all is recorded as soon as there is room"
 
 
 def test_those_of_other_sizes_are_given_up_for_memory() -> None:
     """The limit leaves room for one size; what is pending when the recordings go is right, too."""
     model, plain = both()
-    for seed in range(4):
+    for seed in range(4 + LATER):
         for m in (model, plain):
             m.zero_grad(set_to_none=True)
             m(**batch_of(seed)).loss.backward()
