@@ -72,6 +72,7 @@ def together(arms: Sequence[str], given: argparse.Namespace, caches: Path) -> Fo
     started = [Waiting(arm, given, caches / arm, "--in-turns") for arm in arms]
     try:
         ready = [each for each in started if each.wait()]
+        print("ready:", *(each.arm for each in ready), file=sys.stderr, flush=True)
         for _ in range(given.rounds):
             ready = [each for each in ready if each.turn()]
         for each in started:

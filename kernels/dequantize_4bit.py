@@ -27,7 +27,7 @@ from .operator import operator
 from .rows import rounded
 from .toolchain import tl, triton
 
-WARPS, UNROLL = 4, 2
+WARPS, UNROLL = 2, 4
 """Warps of a program, and the words that each thread has under way at a time."""
 NO_GAP = {"COLUMNS": 1, "GAP": 0}
 """Constants of the kernel for rows that follow each other: the same for weights of all widths."""

@@ -149,7 +149,7 @@ def _launch_forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, offset: float, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, mu, r = empty(x, dtype)
-    count, options = R.blocks(x, PER_THREAD)
+    count, options = R.blocks(x, PER_THREAD, R.TALL)
     options |= {"eps": eps, "offset": offset, "HAS_WEIGHT": weight is not None, "HAS_BIAS": bias is not None}
     R.launch(_forward, count, (x, y, mu, r), (weight, bias), options)
     return y, mu, r
@@ -161,8 +161,7 @@ def _launch_backward(
 ) -> tuple[Tensor | None, ...]:  # fmt: skip
     """dx, dweight and dbias, the latter two in the dtype of what they belong to; None for one not needed."""
     dx = torch.empty_like(x) if needs[0] else None
-    count, options = R.blocks(x, R.PER_THREAD_BACKWARD)
-    count = R.spread(x, count, options, any(needs[1:]), (x, grad, extra))
+    count, options = R.backward_blocks(x, any(needs[1:]), (x, grad, extra))
     partial = R.partial_sums(x, count if any(needs[1:]) else 0, 2)
     options |= {"offset": offset, "HAS_WEIGHT": weight is not None, "HAS_EXTRA": extra is not None}
     options |= {"NEEDS_X": needs[0], "NEEDS_WEIGHT": needs[1], "NEEDS_BIAS": needs[2]}

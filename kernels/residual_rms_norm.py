@@ -73,7 +73,7 @@ def _launch_forward(
     x: Tensor, residual: Tensor, weight: Tensor | None, h: Tensor, y: Tensor, r: Tensor,
     eps: float, offset: float, mode: str,
 ) -> None:  # fmt: skip
-    count, options = R.blocks(x, norm.PER_THREAD)
+    count, options = R.blocks(x, norm.PER_THREAD, R.TILE)
     options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
     R.launch(_forward, count, (x, residual, h, y, r), (weight,), options)
 

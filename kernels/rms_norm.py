@@ -155,7 +155,7 @@ def _backward(
 def _launch_forward(
     x: Tensor, weight: Tensor | None, y: Tensor, r: Tensor, eps: float, offset: float, mode: str
 ) -> None:
-    count, options = R.blocks(x, PER_THREAD)
+    count, options = R.blocks(x, PER_THREAD, R.TALL)
     options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
     R.launch(_forward, count, (x, y, r), (weight,), options)
 
@@ -165,8 +165,7 @@ def _launch_backward(
     needs_weight: bool, eps: float, offset: float, mode: str,
 ) -> Tensor:  # fmt: skip
     """Fills ``dx`` if there is one, and returns the weight's gradient, nothing if it is not needed."""
-    count, options = R.blocks(x, R.PER_THREAD_BACKWARD)
-    count = R.spread(x, count, options, needs_weight, (x, grad, extra))
+    count, options = R.backward_blocks(x, needs_weight, (x, grad, extra))
     partial = R.partial_sums(x, count if needs_weight else 0)
     options |= {"eps": eps, "offset": offset, "MODE": mode, "HAS_WEIGHT": weight is not None}
     options |= {"HAS_EXTRA": extra is not None, "NEEDS_X": dx is not None, "NEEDS_WEIGHT": needs_weight}

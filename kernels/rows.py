@@ -22,8 +22,9 @@ Strides = tuple[int, int, int, int]
 
 LONGEST = 16384
 """Longest row, in elements, that a program holds in registers at once; it walks over longer ones block by block."""
-TILE = 4096
-"""Elements that a program takes at a time if its rows are shorter than this."""
+TILE, TALL = 4096, 8192
+"""Elements that a program takes at a time if its rows are shorter than this; and where it would wait for its own sums: a
+forward, whose rows are then two that hide each other's, and a backward with sums over all rows, which has fewer of them."""
 PER_THREAD_BACKWARD, RESIDENT_WARPS = 32, 8
 """Elements that a thread of a backward kernel takes, and warps of it for which a multiprocessor has registers."""
 STAGES, SHARED_BYTES = 3, 96 * 1024
@@ -32,15 +33,15 @@ TOTAL_ROWS, TOTAL_COLS, TOTAL_WARPS = 512, 16, 8
 """Tile in which partial sums are added up: all of them at once, so that the reads do not wait for each other."""
 
 
-def blocks(x: Tensor, per_thread: int) -> tuple[int, dict[str, Any]]:
+def blocks(x: Tensor, per_thread: int, tile: int) -> tuple[int, dict[str, Any]]:
     """Number of blocks that the rows of ``x`` make, and the launch options that all kernels on rows share.
 
-    A block is one row, or several short ones, or a part of a row that is longer than :data:`LONGEST`; with
-    ``per_thread`` elements a thread. Row numbers are int32, whose division is cheap, unless there are too many.
+    A block is one row, or several short ones of ``tile`` elements, or a part of a row that is longer than :data:`LONGEST`;
+    with ``per_thread`` elements a thread. Row numbers are int32, whose division is cheap, unless there are too many.
     """
     rows, cols = math.prod(x.shape[:-1]), x.shape[-1]
     width = min(triton.next_power_of_2(cols), LONGEST)
-    height = min(triton.next_power_of_2(rows), max(TILE // width, 1))
+    height = min(triton.next_power_of_2(rows), max(tile // width, 1))
     warps = min(max(width * height // (32 * per_thread), 1), 16)
     index = tl.int32 if rows < 2**30 else tl.int64
     options = {"rows": rows, "cols": cols, "ROWS": height, "COLS": width, "WHOLE": cols <= width, "INDEX": index}
@@ -94,19 +95,20 @@ def layout(lead: Tensor, *others: Tensor) -> tuple[tuple[int, int], tuple[Stride
     return (sizes[1], sizes[2]), each
 
 
-def spread(x: Tensor, count: int, options: dict[str, Any], sums: bool, read: tuple[Tensor | None, ...]) -> int:
-    """Programs for a backward of ``count`` blocks; also sets its option STAGES.
+def backward_blocks(x: Tensor, sums: bool, read: tuple[Tensor | None, ...]) -> tuple[int, dict[str, Any]]:
+    """As :func:`blocks`: programs of a backward, and its launch options with STAGES, how many blocks one has under way.
 
     Without ``sums`` over all rows, one a block. With them only as many as run at once, since each leaves a partial sum:
     each takes many blocks, and fetches those of the tensors ``read`` ahead, as far as shared memory allows.
     """
-    options["STAGES"] = 1
     if not sums:
-        return count
-    block = options["ROWS"] * options["COLS"] * sum(t.element_size() for t in read if t is not None)
-    if options["WHOLE"] and block * (STAGES - 1) <= SHARED_BYTES:
-        options["STAGES"] = STAGES
-    return min(count, _units(x.device) * max(RESIDENT_WARPS // options["num_warps"], 1))
+        count, options = blocks(x, PER_THREAD_BACKWARD, TILE)
+        return count, options | {"STAGES": 1}
+    ahead = sum(t.element_size() for t in read if t is not None) * (STAGES - 1)
+    count, options = blocks(x, PER_THREAD_BACKWARD, TALL if TALL * ahead <= SHARED_BYTES else TILE)
+    fits = options["WHOLE"] and options["ROWS"] * options["COLS"] * ahead <= SHARED_BYTES
+    count = min(count, _units(x.device) * max(RESIDENT_WARPS // options["num_warps"], 1))
+    return count, options | {"STAGES": STAGES if fits else 1}
 
 
 @cache

@@ -88,7 +88,7 @@ def vectors(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Tensor | None:
 @st.composite
 def block_sizes(draw: st.DrawFn) -> dict[str, int]:
     """As they are, or so small that a row is walked in blocks and a program takes several blocks of rows."""
-    few = {"TILE": 64, "RESIDENT_WARPS": 2}
+    few = {"TILE": 64, "TALL": 64, "RESIDENT_WARPS": 2}
     return draw(st.sampled_from(({}, {}, {"LONGEST": 32}, few, {"LONGEST": 32, **few})))
 
 
