@@ -36,7 +36,7 @@ from torch import Tensor
 
 from ..quant.layout import Layout
 from .dispatch import use_triton
-from .rows import INTERPRETED, blocks, inside
+from .rows import INTERPRETED, TILE, blocks, inside
 from .toolchain import tl, triton
 
 E4M3 = torch.float8_e4m3fn
@@ -220,7 +220,7 @@ def quantize_rows(matrix: Tensor) -> Quantized:
     matrix = matrix if along or matrix.stride(0) == 1 else matrix.contiguous()
     with torch.cuda.device_of(matrix):
         if along or matrix.stride(1) == 1:
-            count, options = blocks(matrix, PER_THREAD)
+            count, options = blocks(matrix, PER_THREAD, TILE)
             kernel: Any = _quantize_rows
             kernel[(count,)](matrix, out.view(torch.uint8), scales, matrix.stride(0), **options)
         else:
