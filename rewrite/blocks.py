@@ -27,11 +27,14 @@ FILLED = 0.95
 REMEMBERED = 256
 """Sizes of calls whose options are kept. A call no larger than one that left room to save all is not looked at anew."""
 
+BESIDE = 8
+"""Part of what is resident that a replay may take under ``"min"``."""
+
+UNPLANNED = 32
+"""Part of a limit by which a step may have been beyond it for reasons that a plan does not know."""
+
 RECORDED = 3
 """A block's input, as often as a recording of its forward and backward keeps as much beside what is saved: 2.2 on an H200."""
-
-DIGITS = 9
-"""Binary ones of the room that options are chosen for; the rest is rounded down."""
 
 Limit = int | Literal["free", "min"]
 Key = tuple[str, int]
@@ -45,6 +48,16 @@ class Trained:
     parameters: list[nn.Parameter]
     bytes: list[int]
     count: int
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What was chosen for which blocks (kept, so that they stay who they are) in which room."""
+
+    who: list[int]
+    blocks: list[BlockCosts]
+    room: int | None
+    placement: Placement
 
 
 @dataclass
@@ -77,12 +90,14 @@ class StepMemory:
     _shapes: Any = None
     _given: int = 0
     _versions: int | None = None
+    _beyond: int = 0
+    """Bytes that a step has taken beyond what was predicted, and beyond its limit."""
     _first_resident: int = 0
     _store: HostStore | None = None
     _parameters: list[nn.Parameter] | None = None
     _trained: Trained | None = None
-    _asked: tuple[Any, list[BlockCosts], Placement] | None = None
-    """The last choice, with the blocks themselves, so that they stay who they are."""
+    _asked: Asked | None = None
+    """The last choice."""
 
     def recount(self) -> None:
         """A graph was captured: the model may have other parameters than before, or train others."""
@@ -167,6 +182,7 @@ class StepMemory:
             peak = peak_bytes(device)
             # its own, if that was the highest since the allocator's statistics began
             former.measured, former.before = None if peak == former.peak_before else peak, None
+            self._learn(former)
         self._shapes = _shapes(args)
         now = resident_bytes(self.parameters, self.model.buffers(), device) - self._kept(former)
         limit = now + int(FILLED * free_bytes(device)) if self.limit == "free" else self.limit
@@ -175,6 +191,7 @@ class StepMemory:
         self._given = 0 if given is None else given.nbytes
         head = max((h.at(given.numel()) for h in self.heads), default=0) if given is not None else 0
         working = max([costs.working, head + costs.options[0].bytes, *(self._costs[k].working for k in expected)])
+        working += self._beyond
         least = working + len(self.paths) * costs.options[-1].bytes
         if limit != "min" and self.recordings is not None and self.recordings.count and limit - now < least:
             self.recordings.give_up()  # those of other sizes, most of them
@@ -183,6 +200,23 @@ class StepMemory:
         spare = max(0, working - costs.options[0].bytes)
         self.plan = MemoryPlan(None if limit == "min" else limit, resident, working, before=former, spare=spare)
         self.plan.peak_before = peak_bytes(device)
+
+    def room_beside(self, device: torch.device) -> int:
+        """Bytes that may be taken for a moment while no step runs, when rewrites are replayed. Where a step is to take as few as
+        possible, that is little of what the model takes."""
+        free = free_bytes(device)
+        if self.limit == "free":
+            return free
+        taken = resident_bytes(self.parameters, self.model.buffers(), device)
+        return min(free, taken // BESIDE if self.limit == "min" else max(self.limit - taken, 0))
+
+    def _learn(self, former: MemoryPlan) -> None:
+        """A step that took more than it may: what it took beyond its plan is counted in from now on, unless it is so much that
+        something else must have taken it, an evaluation between two steps, say."""
+        if former.measured is None or former.limit is None or self.limit == "free":
+            return
+        if max(former.limit, former.predicted) < former.measured <= former.limit + former.limit // UNPLANNED:
+            self._beyond += former.measured - former.predicted
 
     def _kept(self, former: MemoryPlan | None) -> int:
         """Bytes that recordings keep for what is planned anew: saved values and gradients. Those of other sizes are resident."""
@@ -224,15 +258,16 @@ class StepMemory:
             self.recordings.allowed = plan.predicted + recorded <= plan.limit
 
     def _within(self, blocks: list[BlockCosts], room: int | None, host: int) -> Placement:
-        """Of equal blocks in equal room the same as last time: what is resident changes a little with every step."""
+        """For the blocks of last time what was chosen then, if it is as good."""
         assert self.plan is not None
-        if room is not None and any(b.may_send_all for b in blocks):
-            unimportant = max(room.bit_length() - DIGITS, 0)
-            room = room >> unimportant << unimportant
-        asked = (list(map(id, blocks)), room, host, self.plan.spare)
-        if self._asked is None or self._asked[0] != asked:
-            self._asked = asked, blocks, options_within(blocks, room, host, self.plan.spare)
-        return self._asked[-1]
+        who, spare = list(map(id, blocks)), self.plan.spare
+        if (
+            self._asked is None
+            or self._asked.who != who
+            or not self._asked.placement.still_fits(self._asked.room, room, host, spare)
+        ):
+            self._asked = Asked(who, blocks, room, options_within(blocks, room, host, spare))
+        return self._asked.placement
 
     def _pending(self, now: int) -> int:
         """Bytes that a step will add and keep: gradients that are not there, and before the first one the optimizer's state.

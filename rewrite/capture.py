@@ -16,6 +16,7 @@ from torch import Tensor, fx
 from . import graph as g
 from .alike import Alias
 from .blocks import BlockGraph, StepMemory
+from .device_memory import free_bytes
 from .driver import Verifier
 from .errors import first_line
 from .exact import packed_weights
@@ -139,7 +140,8 @@ class Session:
         verifier: Verifier | None = None
         if self.verify:
             examples = dict(zip(placeholders, example_inputs, strict=False))
-            verifier = Replayer(examples, self._replays)
+            room = free_bytes if self.memory is None else self.memory.room_beside
+            verifier = Replayer(examples, self._replays, room)
         run_pipeline(module, self.passes, verifier, record)
         record.region.parameters = reached_parameters(module)
 

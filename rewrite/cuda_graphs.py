@@ -215,7 +215,7 @@ class RecordedCalls:
 
     def _slowly(self, arguments: list[Any]) -> Any:
         """A call that is not known, or stands in its own way."""
-        if not self._wants(arguments):
+        if not (self.shared.allowed or self.shared.made) or not self._wants(arguments):
             return self.function(arguments)
         key = self._key(arguments)
         found = self.known.setdefault(key, Warm())

@@ -12,13 +12,22 @@ from .graph import autograd_body, storage_roots
 from .vocabulary import bind, operation, target_name
 
 
-def upcast(x: Any) -> Any:
+def upcast(x: Any, on_host: bool = False) -> Any:
     """A tensor of numbers as one of float64 or complex128, tracked where it was; anything else as it is."""
-    if isinstance(x, Tensor) and x.is_floating_point():
-        return x.detach().double().requires_grad_(x.requires_grad)
-    if isinstance(x, Tensor) and x.is_complex():
-        return x.detach().to(torch.complex128).requires_grad_(x.requires_grad)
-    return x
+    if not isinstance(x, Tensor):
+        return x
+    wide = on_the_host(x.detach()) if on_host else x.detach()
+    if x.is_floating_point() or x.is_complex():
+        return wide.to(torch.complex128 if x.is_complex() else torch.float64).requires_grad_(x.requires_grad)
+    return wide if on_host else x
+
+
+def on_the_host(x: Any) -> Any:
+    """A tensor in the host's memory; the host for a device; anything else as it is."""
+    if isinstance(x, Tensor):
+        return x.cpu()
+    is_device = isinstance(x, torch.device) or (isinstance(x, str) and x.partition(":")[0] == "cuda")
+    return "cpu" if is_device else x
 
 
 def packed_weights(graph: fx.Graph) -> set[fx.Node]:
@@ -40,24 +49,39 @@ _DOUBLE_METHODS = {"float": "double", "half": "double", "bfloat16": "double"}
 
 
 class Float64(fx.Interpreter):
-    """Runs a graph with every floating-point conversion turned into one to float64."""
+    """Runs a graph with every floating-point conversion turned into one to float64.
+
+    Args:
+        on_host: whatever the graph names as a device, it runs on the host, where its inputs are.
+    """
+
+    def __init__(self, module: fx.GraphModule, on_host: bool = False) -> None:
+        super().__init__(module)
+        self.on_host = on_host
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         """As captured, but for what knows no float64: products with packed weights, and autograd functions around them."""
         name = target_name(target)
         if name == "autograd_function_apply":
-            return Float64(args[0]).run(*args[2:])[0]
+            return Float64(args[0], self.on_host).run(*args[2:])[0]
         if name == "_set_grad_enabled":  # inside an autograd function, whose gradient is here that of its forward
             return None
         if name == "gemm_4bit":
             return _product_4bit(*args, **kwargs)
-        args, kwargs = tree_map(_widen_dtype, (args, kwargs))
-        return super().call_function(target, args, kwargs)
+        return super().call_function(target, *self._converted(args, kwargs))
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
         """Methods that convert to a narrower type convert to float64."""
-        args, kwargs = tree_map(_widen_dtype, (args, kwargs))
-        return super().call_method(_DOUBLE_METHODS.get(str(target), str(target)), args, kwargs)
+        target = "cpu" if target == "cuda" and self.on_host else _DOUBLE_METHODS.get(str(target), str(target))
+        return super().call_method(target, *self._converted(args, kwargs))
+
+    def fetch_attr(self, target: str) -> Any:
+        """A constant of the graph."""
+        return on_the_host(super().fetch_attr(target)) if self.on_host else super().fetch_attr(target)
+
+    def _converted(self, args: Any, kwargs: Any) -> Any:
+        wide = tree_map(_widen_dtype, (args, kwargs))
+        return tree_map(lambda x: x if isinstance(x, Tensor) else on_the_host(x), wide) if self.on_host else wide
 
 
 def _product_4bit(

@@ -23,6 +23,8 @@ COPY_PRICES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.4, 0.6, 1.0)
 """Seconds of a step that a second of copying is asked to be worth."""
 MIXTURES = 8
 """Shares of blocks that are tried between what is chosen at two prices."""
+DIFFERENT = 32
+"""Part of a room by which it may differ before what was chosen for it is chosen anew."""
 MOST_AWAY = 6
 """Sizes of what a block may have on its way to the host that are tried."""
 
@@ -120,6 +122,15 @@ class Placement:
         """Whether there is room for what stays, and for what is on its way."""
         sent = [o.host_bytes for o in self.options]
         return self.lean_bytes + in_flight(sent, self.ahead, spare) <= room and sum(sent[:-1]) <= host
+
+    def still_fits(self, former_room: int | None, room: int | None, host: int, spare: int) -> bool:
+        """Whether this is as good as another choice, in a room that differs little from the one that it was made for: what is
+        resident changes with every step, and choosing takes the host longer than a block."""
+        if former_room is None or room is None:
+            return former_room is room
+        little = abs(former_room) // DIFFERENT
+        fits, fitted = self.fits(room, host, spare), self.fits(former_room, host, spare)
+        return room <= former_room + little and (fits or (not fitted and room >= former_room - little))
 
     @property
     def lean_bytes(self) -> int:

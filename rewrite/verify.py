@@ -18,10 +18,11 @@ from torch import Tensor, fx
 
 from . import graph as g
 from .change import Change
+from .device_memory import free_bytes
 from .errors import first_line
-from .exact import Float64, upcast
+from .exact import Float64, on_the_host, upcast
 from .joint import unseen
-from .vocabulary import operation, target_name
+from .vocabulary import is_in_place, operation, target_name
 
 LONGEST = 64
 """Symbolic sizes are replayed at what they were while tracing, or at this if they were larger."""
@@ -35,6 +36,8 @@ class Replayer:
 
     examples: Mapping[fx.Node, Any] = field(default_factory=dict)
     seen: dict[Any, tuple[float | None, str | None]] = field(default_factory=dict)
+    room: Callable[[torch.device], int] = free_bytes
+    """Bytes that a replay may take on a device: what needs more in float64 is computed on the host."""
 
     def __call__(self, module: fx.GraphModule, change: Change) -> tuple[float | None, str | None]:
         """The error as a share of what is allowed, and the reason for rejection if it exceeds 1."""
@@ -54,27 +57,37 @@ class Replayer:
         old = g.copy_nodes([*derived, *change.old], boundary, [o for o, _ in outputs], module)
         new = g.copy_nodes([*derived, *change.new], boundary, [o for _, o in outputs], module)
         tracked = any(g.requires_grad(o) for o in change.old_outputs)
-        problem = ""
+        problem, shared = "", not any(map(is_in_place, [*derived, *change.old, *change.new]))
         for longest in (LONGEST, None):  # sizes that follow from others, by division say, fit the traced ones alone
             try:
-                return self._judge(old, new, boundary, longest, tracked)
+                inputs = self._examples(boundary, longest, shared)
+                return self._judge(old, new, boundary, inputs, tracked)
             except Exception as error:  # what does not run proves nothing, and stays as it was written
                 problem = first_line(error)
         return None, f"replay: it does not run by itself: {problem}"
 
-    def _examples(self, boundary: list[fx.Node], longest: int | None) -> list[Any]:
+    def _examples(self, boundary: list[fx.Node], longest: int | None, shared: bool) -> list[Any]:
         generator = torch.Generator().manual_seed(0)
-        return [self.example(n, generator, longest) for n in boundary]
+        return [self.example(n, generator, longest, shared) for n in boundary]
 
     def _judge(
-        self, old: Any, new: Any, boundary: list[fx.Node], longest: int | None, tracked: bool
+        self, old: Any, new: Any, boundary: list[fx.Node], inputs: list[Any], tracked: bool
     ) -> tuple[float | None, str | None]:
-        inputs = self._examples(boundary, longest)
-        wide = [i if n.meta.get("packed") else upcast(i) for n, i in zip(boundary, inputs, strict=True)]
-        return judge(old, new, inputs, wide, tracked=tracked)
+        packed = [bool(n.meta.get("packed")) for n in boundary]
+        given = [i for i in inputs if isinstance(i, Tensor)]
+        on_host = bool(given) and _wide_bytes(inputs, packed) > self.room(given[0].device)
+        kept = on_the_host if on_host else lambda i: i
+        wide = [kept(i) if p else upcast(i, on_host) for p, i in zip(packed, inputs, strict=True)]
+        return judge(old, new, inputs, wide, tracked=tracked, on_host=on_host)
 
-    def example(self, node: fx.Node, generator: torch.Generator, longest: int | None = LONGEST) -> Any:
-        """A value for ``node``: the real one for what has a fixed shape and came from the caller, else a drawn one."""
+    def example(
+        self, node: fx.Node, generator: torch.Generator, longest: int | None = LONGEST, shared: bool = False
+    ) -> Any:
+        """A value for ``node``: the real one for what has a fixed shape and came from the caller, else a drawn one.
+
+        Args:
+            shared: a real one need not be copied, for nothing writes to it.
+        """
         fake = g.value(node)
         if isinstance(fake, torch.SymInt | torch.SymFloat):
             return small(fake, longest)
@@ -82,7 +95,8 @@ class Replayer:
             return fake
         real = self.examples.get(node)
         if isinstance(real, Tensor) and all(isinstance(s, int) for s in fake.shape):
-            return real.detach().clone().requires_grad_(fake.requires_grad and real.is_floating_point())
+            value = real.detach() if shared else real.detach().clone()
+            return value.requires_grad_(fake.requires_grad and real.is_floating_point())
         return _draw(fake, generator, longest)
 
 
@@ -93,6 +107,7 @@ def judge(
     wide: Sequence[Any] = (),
     *,
     tracked: bool = False,
+    on_host: bool = False,
 ) -> tuple[float | None, str | None]:
     """The error of ``new`` on ``inputs`` as a share of what is allowed, and the reason for rejection if it exceeds 1.
 
@@ -100,8 +115,9 @@ def judge(
         old: the graph that ``new`` stands for.
         wide: the inputs in float64, if that is not all of them.
         tracked: compare gradients, too.
+        on_host: ``wide`` is in the host's memory.
     """
-    exact = _run(Float64(old).run, wide or [upcast(i) for i in inputs], tracked)
+    exact = _run(Float64(old, on_host).run, wide or [upcast(i) for i in inputs], tracked)
     eager = _run(old, inputs, tracked)
     ours = _run(new, inputs, tracked)
     worst, terms = 0.0, max((i.numel() for i in inputs if isinstance(i, Tensor)), default=0)
@@ -115,6 +131,16 @@ def judge(
         if not share <= 1.0:
             return share, f"replay: {name} is off by {share:.3g} times what is allowed"
     return worst, None
+
+
+def _wide_bytes(inputs: Sequence[Any], packed: Sequence[bool]) -> int:
+    """What the inputs, and the gradients of those that want one, take in float64; a byte of a 4-bit weight is two numbers."""
+    numbers = [
+        2 * i.numel() if p else i.numel() * (1 + i.requires_grad) * (i.is_floating_point() or i.is_complex())
+        for i, p in zip(inputs, packed, strict=True)
+        if isinstance(i, Tensor)
+    ]
+    return 8 * sum(numbers)
 
 
 def _is_read(output: fx.Node) -> bool:
@@ -236,6 +262,7 @@ def _share(truth: Tensor, peer: Tensor, got: Tensor, terms: int) -> float:
     finite = torch.isfinite(peer)
     if got.shape != peer.shape or not torch.equal(torch.isfinite(got), finite):
         return float("nan")
+    peer, got, finite = (t.to(truth.device) for t in (peer, got, finite))
     exact = truth.double().masked_fill(~finite, 0)
     size = lambda t: float(t.abs().max()) if t.numel() else 0.0  # noqa: E731
     own = size((peer.double() - exact).masked_fill(~finite, 0))

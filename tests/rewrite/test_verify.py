@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from weft.rewrite.exact import Float64, upcast
 from weft.rewrite.match import Match
 from weft.rewrite.pipeline import Rules
 from weft.rewrite.rule import call
@@ -119,6 +120,39 @@ def test_replacements(name: str, dtype: torch.dtype) -> None:
     else:
         (rewrite,) = outcome.rewrites
         assert rewrite.error is not None and 0 <= rewrite.error <= 1
+
+
+@pytest.mark.parametrize("name", ["right", "slightly off", "wrong gradient", "not a number"])
+def test_verdicts_are_the_same_where_float64_is_computed_on_the_host(name: str) -> None:
+    function, reason = REPLACEMENTS[name]
+
+    class Replace(FuseSine):
+        """sin(x²)  →  the replacement"""
+
+        def rewrite(self, m: Match, x: Any) -> Any:
+            return call(function, x)
+
+    asked = list[torch.device]()
+    for room in (0, 8 * 2 * 12, 8 * 2 * 12 - 1):
+        module = trace(lambda x: torch.sin(x * x) + 1, X)
+        replays = Replayer(room=lambda device, room=room: asked.append(device) or room)
+        outcome = Rules("rules", (Replace(),)).run(module, replays)
+        assert bool(outcome.rewrites) == (not reason)
+        assert all(reason in refusal.reason for refusal in outcome.refusals)
+    assert asked == [torch.device("cpu")] * 3
+
+
+def test_on_the_host_a_graph_names_no_other_device() -> None:
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    moved = graph.call_method("to", (graph.call_method("cuda", (x,)), "cuda:0", torch.bfloat16))
+    made = graph.call_function(torch.arange, (4,), {"device": torch.device("cuda", 1), "dtype": torch.float32})
+    cast = graph.call_method("to", (made,), {"device": "cuda"})
+    graph.output(graph.call_function(torch.mul, (graph.call_function(torch.add, (moved, cast)), graph.get_attr("c"))))
+    module = fx.GraphModule({"c": torch.tensor(1 / 3, dtype=torch.float64)}, graph)
+    given = torch.full((3, 4), 0.1)
+    found = Float64(module, on_host=True).run(upcast(given, on_host=True))
+    torch.testing.assert_close(found, (given.double() + torch.arange(4)) / 3, rtol=1e-15, atol=0)
 
 
 def test_without_replay_nothing_is_rejected() -> None:

@@ -198,6 +198,47 @@ def test_before_the_first_step_the_state_of_the_optimizer_is_expected() -> None:
     assert resident[0] == resident[1] + 2 * size == resident[2] + 2 * size
 
 
+def test_what_a_step_took_beyond_its_limit_is_counted_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But not what an evaluation between two steps took, which is far more."""
+    model, plain = planned("24GB")
+    wanted, peak = step(plain), [0]
+    monkeypatch.setattr(blocks, "peak_bytes", lambda device: peak[0])
+    step(model)
+    limit = model.rewrite_report.steps.limit = int(plan_of(model).predicted * 0.9)
+    step(model)
+    planned_for = plan_of(model)
+    assert planned_for.fits
+    peak[0] = limit + limit // 50
+    assert_same(step(model), wanted)
+    learned = plan_of(model)
+    assert planned_for.measured == peak[0]
+    assert learned.working - planned_for.working == peak[0] - planned_for.predicted
+    assert learned.fits and sum(saved_bytes(model).values()) < sum(b.saved_bytes for b in planned_for.blocks)
+    peak[0] = 3 * limit
+    step(model)
+    assert plan_of(model).working == learned.working
+
+
+def test_little_more_room_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Choosing takes the host longer than a block."""
+    model, _ = planned("24GB")
+    step(model)
+    steps, asked = model.rewrite_report.steps, list[Any]()
+    limit = steps.limit = int(plan_of(model).predicted * 0.9)
+    step(model)
+    chosen = blocks.options_within
+    monkeypatch.setattr(blocks, "options_within", lambda *args: asked.append(args) or chosen(*args))
+    room = limit - plan_of(model).resident - plan_of(model).working
+    for more in (0, room // 64, -(room // 64), 0):
+        steps.limit = limit + more
+        step(model)
+        assert plan_of(model).fits
+    assert not asked
+    steps.limit = limit + room // 4
+    step(model)
+    assert asked
+
+
 def test_gradients_accumulate(thrifty: tuple[Any, Any]) -> None:
     gradients = []
     for model in thrifty:

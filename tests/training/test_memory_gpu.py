@@ -81,6 +81,16 @@ def test_a_smaller_limit_has_a_smaller_peak() -> None:
     assert peak(model, inputs) < 0.8 * roomy
 
 
+def test_replays_stay_within_the_limit_of_a_step() -> None:
+    """The head in float64 would take 400 MB, as much as the whole model."""
+    model = adapted(2, **WIDE, vocab_size=100_000, tie_word_embeddings=True).cuda()
+    resident, few = torch.cuda.memory_allocated(), on_gpu(batch(2, 6))
+    torch.cuda.reset_peak_memory_stats()
+    weft.optimize(model, example_inputs=few, memory=resident + 100 * 2**20, cuda_graphs=False)
+    assert torch.cuda.max_memory_allocated() < resident + 200 * 2**20
+    assert any(r.rule == "linear_cross_entropy" for r in model.rewrite_report.rewrites)
+
+
 def test_without_a_limit_the_free_memory_is_one() -> None:
     model, _ = planned(None)
     outcome(model, on_gpu(batch(8, 256)))
