@@ -65,6 +65,7 @@ class Session:
     """Called whenever a module runs that holds blocks."""
     _region: threading.local = field(default_factory=threading.local)
     _replays: dict[Any, Any] = field(default_factory=dict)
+    _kept: dict[int, tuple[Tensor, Tensor]] | None = None
 
     def __post_init__(self) -> None:
         self.compiler: Callable[..., Any] = self.compile
@@ -90,11 +91,30 @@ class Session:
         """What the region that is running on this thread was given in place of its input."""
         return getattr(self._region, "alias", None)
 
+    @contextmanager
+    def keeping_weights(self) -> Iterator[None]:
+        """What the model's own forward overwrites inside, weights that it normalizes, say, has its values again afterwards."""
+        self._kept = {}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for parameter, value in self._kept.values():
+                    parameter.copy_(value)
+            self._kept = None
+
+    def keep(self, inputs: Sequence[Any]) -> None:
+        """A graph that overwrites ``inputs`` is about to run for the first time."""
+        if self._kept is not None:
+            for each in inputs:
+                if isinstance(each, torch.nn.Parameter):
+                    self._kept.setdefault(id(each), (each, each.detach().clone()))
+
     def compile(self, module: fx.GraphModule, example_inputs: list[Any], rung: str = "graph") -> Callable[..., Any]:
         """Dynamo's backend: rewrite ``module``. Never fails: what cannot be rewritten runs as captured, and is reported."""
         started = time.perf_counter()
         record = GraphRecord(RegionRecord([], rung))
-        anchors = find_anchors(module)
+        anchors, writes = find_anchors(module), _written_inputs(module.graph)
         function: Callable[..., Any] = module.forward
         original = fx.GraphModule(module, module.graph)
         original.graph = _copy(module.graph)
@@ -110,7 +130,7 @@ class Session:
             function = lower(original)
         self.report.graphs.append(record)
         self.report.total_seconds += time.perf_counter() - started
-        return CapturedGraph(self, record, function, anchors)
+        return CapturedGraph(self, record, function, anchors, writes)
 
     def _lowered(self, module: fx.GraphModule, example_inputs: Sequence[Any], rung: str) -> Callable[..., Any]:
         """The callable: a block in training saves what is planned, anything else what its operators save."""
@@ -185,6 +205,8 @@ class CapturedGraph:
     record: GraphRecord
     function: Callable[..., Any]
     anchors: Sequence[Anchor] = ()
+    writes: Sequence[int] = ()
+    """Positions of the inputs that it overwrites."""
     _seen: set[Any] = field(default_factory=set)
 
     def __call__(self, *args: Any) -> Any:
@@ -202,10 +224,16 @@ class CapturedGraph:
 
     def _note(self, args: tuple[Any, ...]) -> None:
         region, path, place = self.record.region, self.session.path, self.session.place(self.anchors, args)
+        self.session.keep([args[i] for i in self.writes])
         self.session.reach(args, {f"{where}.{a.name}".lstrip(".") for a in self.anchors for where in (place, path)})
         for known, new in ((region.paths, path), (region.places, place)):
             if new not in known:
                 known.append(new)
+
+
+def _written_inputs(graph: fx.Graph) -> list[int]:
+    written = g.written_to(graph)
+    return [i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder") if n in written]
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

@@ -7,7 +7,7 @@ backward, as late as it is needed, and nothing that no gradient needs is compute
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -21,6 +21,7 @@ from torch.fx.graph import _BoxedCodeGen
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .gradient_sums import with_sums
+from .graph import written_to
 from .remat import INFINITE, Operation, Problem
 from .sizes import Evaluate, storages, value_bytes
 
@@ -77,6 +78,21 @@ class JointGraph:
         fakes = [f.detach() if i == at else f for i, f in enumerate(self.fakes)]
         return JointGraph(self.module, fakes, self.recorded, self.prepared, self._context)
 
+    def only_once(self, joint: fx.Graph) -> set[fx.Node]:
+        """The calls of a joint graph's forward that would compute something else a second time: what is random, and what reads
+        an input that the forward overwrites."""
+        written = written_to(self.module.graph)
+        given = [n for n in self.module.graph.nodes if n.op == "placeholder"]
+        primals = [n for n in joint.nodes if _is_primal(n)]
+        stale = {primal for primal, node in zip(primals, given, strict=False) if node in written}
+        found = set[fx.Node]()
+        for node in forward_nodes(joint):
+            if stale.intersection(node.all_input_nodes):
+                (stale if is_view(node) else found).add(node)
+            if is_random(node):
+                found.add(node)
+        return found
+
     def _backward(self, saved: frozenset[str] | None, module: fx.GraphModule) -> Callable[..., Any]:
         self.backward[saved] = module.graph
         return self.recorded(_boxed(self.prepared(with_sums(module))), module.graph, True)
@@ -88,8 +104,9 @@ class JointGraph:
         if self.graph is None:
             self.graph = _copied(joint.graph)
         if saved is not None:
+            once = self.only_once(joint.graph)
             for node in forward_nodes(joint.graph):
-                keep = node.name in saved or is_random(node)
+                keep = node.name in saved or node in once
                 node.meta["recompute"] = CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.MUST_RECOMPUTE
                 node.meta["ac_graph_id"] = 0
                 if not keep and _may_draw(node.target):
@@ -192,8 +209,8 @@ def _without_dropout(node: fx.Node) -> bool:
     return "dropout_p" in names and bool(given.get("dropout_p", default) == 0.0)
 
 
-def recompute_problem(graph: fx.Graph, seconds: Seconds, of: Evaluate) -> Problem:
-    """What to save of a joint graph's forward, as a minimum cut asks it.
+def recompute_problem(graph: fx.Graph, once: Set[fx.Node], seconds: Seconds, of: Evaluate) -> Problem:
+    """What to save of a joint graph's forward, as a minimum cut asks it. The calls in ``once`` are not done again.
 
     Views are never saved: what they show is. Outputs of one call are saved apart.
     """
@@ -207,7 +224,7 @@ def recompute_problem(graph: fx.Graph, seconds: Seconds, of: Evaluate) -> Proble
         part = is_part(node)
         if not part:
             reads = tuple(n.name for n in node.all_input_nodes if n in inside and not is_number(n))
-            again = INFINITE if is_random(node) else (0.0 if is_view(node) else seconds(node))
+            again = INFINITE if node in once else (0.0 if is_view(node) else seconds(node))
             operations[node.name] = Operation(again, reads)
         producer[node.name] = node.args[0].name if part else node.name  # pyright: ignore
         whole = isinstance(node.meta.get("val"), Tensor) and not is_view(node)

@@ -45,7 +45,8 @@ def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpoint
         return BlockCosts((Option(None, 0, 0.0),), 0)
     of = evaluator(joint.fakes, args)
     seconds: Callable[[fx.Node], float] = lambda node: node_seconds(node, of, rates)  # noqa: E731
-    choices = frontier(recompute_problem(joint.graph, seconds, of), CHEAPEST, DEAREST)
+    once = joint.only_once(joint.graph)
+    choices = frontier(recompute_problem(joint.graph, once, seconds, of), CHEAPEST, DEAREST)
     if checkpointed:
         choices = [c for c in choices if c.bytes <= THRIFTY * choices[0].bytes] or choices[-1:]
     given = activation(args)

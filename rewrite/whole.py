@@ -79,7 +79,7 @@ def _run_plan(installation: Installation, plan: Plan, traced: list[Site], run: C
     """Install and run; on an error, no forward is left replaced."""
     memory = installation.session.memory
     try:
-        with nullcontext() if memory is None else memory.trying():
+        with installation.session.keeping_weights(), nullcontext() if memory is None else memory.trying():
             for site in [*traced, *outside(plan.first, traced)]:
                 installation.install(site)
             run()

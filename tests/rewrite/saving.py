@@ -53,7 +53,8 @@ class Captured:
     def problem(self) -> Problem:
         """What to save at the sizes of the last call, where every call takes a second."""
         assert self.joint.graph is not None
-        return recompute_problem(self.joint.graph, lambda _: 1.0, evaluator(self.joint.fakes, self.args))
+        once = self.joint.only_once(self.joint.graph)
+        return recompute_problem(self.joint.graph, once, lambda _: 1.0, evaluator(self.joint.fakes, self.args))
 
     def choices(self) -> list[Choice]:
         """From all to as little as possible."""

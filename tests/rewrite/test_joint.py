@@ -172,7 +172,7 @@ def test_a_tangent_never_decides_what_is_saved() -> None:
     assert set(problem.needed) <= set(problem.producer) <= names
     assert choose(problem, 1.0).saved <= names
     assert not [n for n in problem.operations if "tangents" in n]
-    assert recompute_problem(graph, lambda _: 0.0, lambda size: int(size)) is not None
+    assert recompute_problem(graph, set(), lambda _: 0.0, lambda size: int(size)) is not None
 
 
 def test_saved_values_are_seen_by_hooks_and_may_be_replaced() -> None:

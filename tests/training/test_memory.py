@@ -24,6 +24,7 @@ from weft.rewrite.recompute import MemoryPlan
 
 from ..models import (
     VOCABULARY,
+    Block,
     Inputs,
     RootLoop,
     assert_identical,
@@ -170,6 +171,34 @@ def test_blocks_in_the_graph_of_the_root() -> None:
     assert_same(outcome(model, batch()), outcome(plain, batch()))
     *others, last = plan_of(model).blocks
     assert len(others) == 2 and all(b.extra_seconds > 0 for b in others) and last.extra_seconds == 0
+
+
+class Normalizing(Block):
+    """Normalizes a weight of its own in place before it uses it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            self.qkv.weight.div_(self.qkv.weight.norm(dim=1, keepdim=True))
+        return super().forward(x)
+
+
+def normalizing() -> Any:
+    """A model of such blocks."""
+    model = RootLoop(layers=3)
+    model.blocks = nn.ModuleList(Normalizing(16) for _ in range(3))
+    return model
+
+
+@pytest.mark.parametrize("memory", ["min", "1TB"])
+def test_blocks_that_overwrite_a_weight(memory: str) -> None:
+    """What reads it is not computed again from what it is by then; and running the examples leaves it as it was."""
+    model, plain = planned(memory, normalizing())
+    assert_identical(*(m.state_dict() for m in (model, plain)))
+    for seed in range(3):
+        assert_same(outcome(model, batch(seed=seed)), outcome(plain, batch(seed=seed)))
+        assert_same(*(m.state_dict() for m in (model, plain)))
+    assert len(plan_of(model).blocks) == 3
+    assert any(b.extra_seconds > 0 for b in plan_of(model).blocks) == (memory == "min")
 
 
 def test_a_model_without_blocks_has_no_plan() -> None:
