@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
@@ -31,14 +33,32 @@ class DropIdentities:
         for node in list(module.graph.nodes):
             if is_in_place(node) and (target := _same(node)) is not None:  # it writes what is there
                 _drop(node, target)
-        nodes = list(module.graph.nodes)
-        written = g.written_to(module.graph)
-        written |= set[fx.Node]().union(*(g.storage_roots(n) for n in nodes[-1].all_input_nodes))
+        written, nodes = g.written_to(module.graph), list(module.graph.nodes)
         for node in nodes:
             same = None if is_in_place(node) else _same(node)
-            if same is not None and (operation(node) == "dropout" or not written & {node, *g.storage_roots(same)}):
+            if same is not None and (operation(node) == "dropout" or _is_alone(node, same, written, nodes[-1])):
                 _drop(node, _as_it_lay(node, same))
         return Outcome()
+
+
+def _is_alone(node: fx.Node, same: fx.Node, written: set[fx.Node], output: fx.Node) -> bool:
+    """Whether nobody can tell that the two are one: neither is written to here; nor by who is given one, unless he has the only
+    one, which is no input's memory, nor a part of something larger that would be kept with it. So it is in training with keys and
+    values that are joined to an empty cache and stay there; where one generates, the next step expects them as they lay."""
+    roots = g.storage_roots(same)
+    if written & {node, *roots}:
+        return False
+    given = [g.storage_roots(n) for n in output.all_input_nodes]
+    shared = [r for r in given if r & roots]
+    if not shared and not any(node in r for r in given):
+        return True
+    lies_in = {n for n in roots if g.tensor_of(n) is not None}
+    own = all(n.op not in ("placeholder", "get_attr") and _numel(n) == _numel(same) for n in lies_in)
+    return not shared and own and g.requires_grad(same)
+
+
+def _numel(node: fx.Node) -> Any:
+    return math.prod(g.sizes(node))
 
 
 def _drop(node: fx.Node, same: fx.Node) -> None:
@@ -90,7 +110,7 @@ def _of_cat(node: fx.Node) -> fx.Node | None:
     tensors, dim = bind("cat", node.args, dict(node.kwargs)) or ((), 0)
     if not isinstance(tensors, tuple | list) or not isinstance(dim, int):
         return None
-    filled = [t for t in tensors if g.static_size(t, dim) != 0]
+    filled = [t for t in tensors if g.sizes(t) != (0,) and g.static_size(t, dim) != 0]
     return filled[0] if len(filled) == 1 < len(tensors) and isinstance(filled[0], fx.Node) else None
 
 

@@ -35,6 +35,7 @@ IDLE: dict[str, Callable[[Any], Any]] = {
     "all of two slices": lambda x: x[:, 0:EXPERTS].exp(),
     "nothing beside": lambda x: torch.cat((x.exp(), x[..., EXPERTS:]), -1) * 2,
     "nothing before": lambda x: torch.cat([x[..., EXPERTS:], x.exp()], dim=1) * 2,
+    "an empty list before": lambda x: torch.cat([x.new_empty(0), x.exp()], dim=-2) * 2,
     "a mask of nothing": lambda x: masked(x, EXPERTS) + 1,
     "a mask of nothing, apart": lambda x: x.exp().masked_fill(torch.argmax(x, -1)[:, None] > EXPERTS - 1, 0.0) + 1,
     "a limit beyond": lambda x: chosen(x).clamp_(max=EXPERTS - 1) + 1,
@@ -102,6 +103,30 @@ def test_who_takes_a_view_of_the_result_can_take_it_still() -> None:
     summed = trace(lambda x: torch.cat((x.t(), x.t()[:, 6:]), -1) @ x, inputs())
     DropIdentities().run(summed, None)
     assert "contiguous" not in targets(summed)
+
+
+@pytest.mark.parametrize(
+    ("function", "goes"),
+    [
+        (lambda nothing, y, x: (torch.cat((nothing, y), -1) @ x.t(), torch.cat((nothing, y), -1)), True),
+        (lambda nothing, y, x: torch.cat((nothing, y), -1), True),
+        (lambda nothing, y, x: (torch.cat((nothing, y), -1), y), False),
+        (lambda nothing, y, x: (torch.cat((nothing, y), -1), y.t()), False),
+        (lambda nothing, y, x: torch.cat((nothing, y.unsqueeze(0)[0]), -1), True),
+        (lambda nothing, y, x: torch.cat((nothing, x), -1), False),
+        (lambda nothing, y, x: torch.cat((nothing[:3], y[:3]), -1), False),
+    ],
+)
+def test_what_is_returned_may_be_the_only_one_and_no_input(function: Callable[..., Any], goes: bool) -> None:
+    """Keys are joined to an empty cache, read, and kept in the cache."""
+    for given in ({"x": normal(0, 6, EXPERTS, grad=True)}, inputs()):
+        module = trace(lambda x: function(x[:, EXPERTS:], x.exp(), x), given)
+        wanted = module(*given.values())
+        DropIdentities().run(module, None)
+        module.graph.lint()
+        module.recompile()
+        assert ("cat" not in targets(module)) == (goes and given["x"].requires_grad)
+        torch.testing.assert_close(module(*given.values()), wanted, rtol=0, atol=0)
 
 
 def test_a_result_that_is_overwritten_is_no_other_tensor() -> None:
