@@ -122,8 +122,10 @@ class HostStore:
         return tensor
 
     def before(self, tensor: Tensor) -> None:
-        """When the gradient of ``tensor`` is there, begin the copies back of the block that saved last: what computed ``tensor``
-        has nothing to fetch, which would begin them."""
+        """``tensor`` comes from a block that sends nothing. No more than :attr:`ahead` blocks are on their way to the host beside
+        what follows; and when its gradient is there, the copies back of the block that saved last begin: what computed
+        ``tensor`` has nothing to fetch, which would begin them."""
+        self._let_go(torch.cuda.current_stream(tensor.device), self.ahead)
         if self._waiting and tensor.requires_grad:
             tensor.register_hook(self._begin_last)
 

@@ -207,6 +207,16 @@ def test_the_block_before_is_under_way() -> None:
     assert begun() == [[], [True] * 3, []]
 
 
+def test_beside_what_follows_no_more_is_on_its_way_than_planned_for() -> None:
+    """The head, after the last block, which sends nothing, has as much alive as a backward."""
+    store = HostStore(DEVICE, ahead=1)
+    kept = three_blocks(store)
+    leaving = [[StorageWeakRef(t.untyped_storage()) for t in tensors] for tensors, _ in store._leaving]
+    assert [len(refs) for refs in leaving] == [3, 3]
+    store.before(kept[-1] * 1)
+    assert [[ref.expired() for ref in refs] for refs in leaving] == [[True] * 3, [False] * 3]
+
+
 def test_what_has_begun_and_nobody_asks_for_is_waited_for(copies: Copies) -> None:
     kept = three_blocks(HostStore(DEVICE))
     kept.pop().sum().backward()
