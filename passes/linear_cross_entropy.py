@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ..kernels.deferred_logits import deferred_logits, dropped_logits
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..rewrite.errors import DroppedOutputError
-from ..rewrite.graph import dtype_of, sizes
+from ..rewrite.graph import dtype_of, sizes, static_size
 from ..rewrite.match import Match
 from ..rewrite.pattern import picked, rows
 from ..rewrite.report import Refusal
@@ -155,5 +155,5 @@ def _other_readers(m: Match) -> list[fx.Node]:
 
 def _is_logits(node: fx.Node, m: Match) -> bool:
     """Whether ``node`` holds a value for every class."""
-    shape = sizes(node)
-    return bool(shape) and shape[-1] == sizes(m.w)[0] and node not in m.inputs()
+    size = static_size(node)  # a symbolic one is none of classes, and to compare it would be a guard
+    return size is not None and size == sizes(m.w)[0] and node not in m.inputs()

@@ -37,7 +37,12 @@ SMALL = Scale()
 def targets(
     model: nn.Module, config: Any, known: frozenset[str], made: Mapping[str, Any], scale: Scale
 ) -> dict[str, Tensor]:
-    """Labels as the head wants them: the ids for a language model, else by the shape of its logits."""
+    """Labels as the head wants them: the ids for a language model, else by the shape of its logits.
+
+    If no id has a meaning of its own, they are the ids themselves, as in a loop that calls ``model(input_ids=ids,
+    labels=ids)``: to Dynamo one tensor for both is another call than two. Where a collator makes them, there is padding, and
+    they are two.
+    """
     if "start_positions" in known and "end_positions" in known:
         edge = torch.ones(scale.batch, dtype=torch.long, device=next(model.parameters()).device)
         return {"start_positions": edge, "end_positions": 2 * edge}
@@ -46,8 +51,11 @@ def targets(
     if "decoder_input_ids" in made:
         return {"labels": made["decoder_input_ids"].clone()}
     if "input_ids" in made and _is_language_model(model):
+        special = [token for token in special_ids(config) if (made["input_ids"] == token).any()]
+        if not special:
+            return {"labels": made["input_ids"]}
         labels = made["input_ids"].clone()
-        for token in special_ids(config):
+        for token in special:
             labels[labels == token] = IGNORED
         return {"labels": labels}
     return {"labels": _class_labels(model, config, made)}

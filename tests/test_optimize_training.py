@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import get_compilation_metrics
 
 import weft
 from weft.kernels.deferred_logits import DeferredLogits
@@ -67,6 +68,23 @@ def _kept(model: nn.Module) -> int:
         loss = model(**batch(4, 32), use_cache=False).loss
     loss.backward()
     return sum(seen.values())
+
+
+@pytest.mark.parametrize("cached", [False, True])
+def test_the_calls_of_a_loop_and_of_a_collator_are_captured(cached: bool) -> None:
+    """Ids that are their own labels, and padded ones beside labels: neither is traced again. Configs stay as they are."""
+    model = with_lora(llama(**SMALL, use_cache=cached))
+    plain = twin(model)
+    weft.optimize(model, verify=False)
+    assert model.config.use_cache == cached
+    model.config.use_cache = plain.config.use_cache = False
+    ids = torch.randint(0, 31, (3, 11))
+    calls = {"input_ids": ids, "labels": ids}, batch(2, 7, padded=True)
+    wanted = [outcome(plain, inputs) for inputs in calls]
+    traced = get_compilation_metrics()
+    for inputs, each in zip(calls, wanted, strict=True):
+        assert_same(outcome(model, inputs), each)
+    assert get_compilation_metrics() == traced
 
 
 def test_parameters_frozen_and_thawed_after_optimizing() -> None:

@@ -218,11 +218,38 @@ def _store(
 
 
 def _run_examples(model: nn.Module, examples: Sequence[Mapping[str, Any]], mode: str) -> None:
-    """Capture by running: random state, mode, buffers, and how weights are stored stay as they were."""
+    """Capture by running: random state, mode, buffers, and how weights are stored stay as they were.
+
+    That no cache is wanted is said by the configs, where whoever trains says it: to Dynamo a call with an argument more is
+    another call.
+    """
     with preserved(model), _own_random_state(), torch.set_grad_enabled(mode == "train"):
         model.train(mode == "train")
         for inputs in examples:
-            model(**inputs)
+            configs = _cached(model) if inputs.get("use_cache") is False else []
+            plain = {name: value for name, value in inputs.items() if name != "use_cache" or not configs}
+            with _without_cache(configs):
+                model(**plain)
+
+
+def _cached(model: nn.Module) -> list[Any]:
+    """The configs in ``model`` that say whether a cache is wanted."""
+    configs = [
+        c for m in model.modules() if isinstance(getattr(c := getattr(m, "config", None), "use_cache", None), bool)
+    ]
+    return list({id(c): c for c in configs}.values())
+
+
+@contextmanager
+def _without_cache(configs: Sequence[Any]) -> Iterator[None]:
+    before = [config.use_cache for config in configs]
+    for config in configs:
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config, wanted in zip(configs, before, strict=True):
+            config.use_cache = wanted
 
 
 def _explain(error: Exception, model: nn.Module, examples: Sequence[Mapping[str, Any]], mode: str) -> WeftError:
