@@ -205,7 +205,7 @@ class StepMemory:
         """Bytes that may be taken for a moment while no step runs, when rewrites are replayed. Where a step is to take as few as
         possible, that is little of what the model takes."""
         free = free_bytes(device)
-        if self.limit == "free":
+        if self.limit == "free" or device.type == "cpu":  # float64 on the host is where it is
             return free
         taken = resident_bytes(self.parameters, self.model.buffers(), device)
         return min(free, taken // BESIDE if self.limit == "min" else max(self.limit - taken, 0))
