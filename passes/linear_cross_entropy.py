@@ -44,20 +44,19 @@ class FuseLinearCrossEntropy(RewriteRule):
     variants = {
         "scaled": (False, True),
         "capped": (False, True),
-        "shifted": (False, True),
         "loss": ("cross_entropy", "nll", "picked", "lost"),
     }
 
     def pattern(
-        self, x: Any, w: Any, b: Any, t: Any, scale: Any, cap: Any, index: Any, class_weight: Any,
+        self, x: Any, w: Any, b: Any, t: Any, scale: Any, cap: Any, steps: Any, class_weight: Any,
         ignore_index: Any, reduction: Any, smoothing: Any, how: Any,
-        *, scaled: bool, capped: bool, shifted: bool, loss: str,
+        *, scaled: bool, capped: bool, loss: str,
     ) -> Any:  # fmt: skip
-        """Logits scaled and capped or not, flattened or not, sliced by one position or not."""
+        """Logits scaled and capped or not, and rows of them, however chosen."""
         z = F.linear(x, w, b)
         z = z * scale if scaled else z
         z = torch.tanh(z) * cap if capped else z
-        read = rows(z[index] if shifted else z)
+        read = rows(z, steps)
         if loss in ("picked", "lost"):
             chosen = picked(F.log_softmax(read, -1), t, how)
             return chosen if loss == "picked" else -chosen, z
@@ -76,8 +75,8 @@ class FuseLinearCrossEntropy(RewriteRule):
             return self.refuse(m, "an option of the loss is computed by the graph, not a constant")
         if 0 in (m.scale, m.cap):
             return self.refuse(m, "the logits are multiplied by 0")
-        if m.shifted and not _keeps_features(m.index):
-            return self.refuse(m, f"the logits are indexed with {m.index}")
+        if unknown := [step for step in m.steps if step[0] == "other"]:
+            return self.refuse(m, f"the logits are indexed with {unknown[0][1]}")
         readers = _other_readers(m)
         if any(n.op != "output" for n in readers):
             return self.refuse(m, f"the logits are also read by {next(n.name for n in readers if n.op != 'output')}")
@@ -86,11 +85,21 @@ class FuseLinearCrossEntropy(RewriteRule):
         return None
 
     def rewrite(
-        self, m: Match, x: Any, w: Any, b: Any, t: Any, ignore_index: Any, reduction: Any, smoothing: Any, **_: Any
+        self,
+        m: Match,
+        x: Any,
+        w: Any,
+        b: Any,
+        t: Any,
+        steps: Any,
+        ignore_index: Any,
+        reduction: Any,
+        smoothing: Any,
+        **_: Any,
     ) -> Any:
         """The fused loss, and logits that are computed when they are read."""
         scale, cap = _scale_and_cap(m)
-        read = x[m.index] if m.shifted else x
+        read = _chosen(x, steps)
         labels = t if len(sizes(m.t)) == 1 else t.reshape(-1)
         by_hand = m.loss in ("picked", "lost")
         if by_hand:
@@ -104,6 +113,8 @@ class FuseLinearCrossEntropy(RewriteRule):
         if by_hand:
             loss = (-loss if m.loss == "picked" else loss).view_as(t)
             loss = loss.squeeze(-1) if m.how == "squeezed" else loss
+        elif reduction == "none" and len(sizes(m.t)) != 1:
+            loss = loss.view_as(t)
         if dtype_of(m.root) != (torch.float64 if product_dtype(m.x) == torch.float64 else torch.float32):
             loss = loss.to(dtype_of(m.root))
         kind = dtype_of(m.outputs[1])
@@ -130,13 +141,11 @@ def _dropped(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
 _dropped.is_never_read = True  # type: ignore[attr-defined]
 
 
-def _keeps_features(index: Any) -> bool:
-    """Whether indexing with ``index`` leaves the last dimension whole."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    plain = all(isinstance(i, slice) or i is Ellipsis for i in items)
-    return plain and (
-        items[-1] == slice(None) or (len(items) < 3 and items[-1] is not Ellipsis and Ellipsis not in items)
-    )
+def _chosen(x: Any, steps: tuple[Any, ...]) -> Any:
+    """Of ``x``, a proxy, what ``steps`` choose."""
+    for name, *arguments in steps:
+        x = x[arguments[0]] if name == "getitem" else getattr(x, name)(*arguments)
+    return x
 
 
 def _other_readers(m: Match) -> list[fx.Node]:
@@ -155,5 +164,6 @@ def _other_readers(m: Match) -> list[fx.Node]:
 
 def _is_logits(node: fx.Node, m: Match) -> bool:
     """Whether ``node`` holds a value for every class."""
-    shape = sizes(node)
-    return bool(shape) and shape[-1] == sizes(m.w)[0] and node not in m.inputs()
+    shape, classes = sizes(node), sizes(m.w)[0]
+    held = bool(shape) and (shape[-1] == classes or classes in [s for s in shape[:-1] if isinstance(s, int)])
+    return held and bool((dtype_of(node) or torch.int).is_floating_point) and node not in m.inputs()

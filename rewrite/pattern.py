@@ -117,9 +117,10 @@ def gemv_4bit(x: Any, *storage: Any) -> Any:
     return _record("gemv_4bit", x, *storage)
 
 
-def rows(x: Any) -> Any:
-    """In a pattern: x with its leading dimensions flattened into one, or as it was."""
-    return _record("rows", x)
+def rows(x: Any, steps: Any) -> Any:
+    """In a pattern: rows of x, whose leading dimensions were flattened into one, or not. ``steps`` says what chose and moved
+    them before: each step is the name of a method and its arguments, and leaves the last dimension whole unless it is "other"."""
+    return _record("rows", x, steps)
 
 
 def picked(x: Any, labels: Any, how: Any) -> Any:
