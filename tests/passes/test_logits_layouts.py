@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from typing import Any
 
 import pytest
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from weft.passes.linear_cross_entropy import FuseLinearCrossEntropy
 
-from ..graphs import apply, check, normal, targets, trace
+from ..graphs import apply, check, normal, record, targets, trace
 
 RULES = [FuseLinearCrossEntropy()]
 HIDDEN, CLASSES = 6, 10
@@ -145,3 +146,51 @@ def test_who_reads_logits_in_another_order_reads_them() -> None:
 
     outcome = apply(trace(both, head()), RULES)
     assert not outcome.rewrites and "logits are also read by argmax" in outcome.refusals[0].reason
+
+
+def filled(t: Any, where: Any, value: int) -> Any:
+    """``t`` after ``t[where] = value``"""
+    record(operator.setitem, t, where, value)
+    return t
+
+
+def shifted_in_place(t: Any) -> Any:
+    """Labels one step earlier, written into a tensor of their own."""
+    made = torch.full_like(t, -100)
+    record(operator.setitem, made, (slice(None), slice(None, -1)), t[:, 1:])
+    return made
+
+
+LATE = {
+    "shifted in place": lambda t, z: shifted_in_place(t),
+    "filled where masked": lambda t, z: filled(t.clone(), t == 3, -100),
+    "masked_fill_": lambda t, z: t.clone().masked_fill_(t == 3, -100),
+    "filled twice": lambda t, z: filled(filled(t * 1, (0, 0), -100), (1, 1), 2),
+}
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_labels_that_are_made_after_the_head_ran(name: str) -> None:
+    def loss(x: Any, w: Any, t: Any) -> Any:
+        z = F.linear(x, w)
+        return F.cross_entropy(z.flatten(0, 1), LATE[name](t, z).flatten())
+
+    check(loss, head(), RULES, count=1, terms=8 * CLASSES, verify=True)
+
+
+LATE_NEAR = {
+    "the logits": lambda t, z, x: (filled(z, (0, 0), 0.0), t)[1],
+    "what the head read": lambda t, z, x: (filled(x, (0, 0), 0.0), t)[1],
+    "the labels, from logits": lambda t, z, x: z.argmax(-1),
+}
+
+
+@pytest.mark.parametrize("name", LATE_NEAR)
+def test_what_is_written_to_what_the_head_read_stays(name: str) -> None:
+    def loss(x: Any, w: Any, t: Any) -> Any:
+        x = x * 1.0
+        z = F.linear(x, w)
+        return F.cross_entropy(z.flatten(0, 1), LATE_NEAR[name](t, z, x).flatten()), x
+
+    given = {k: v.detach() for k, v in head().items()}
+    check(loss, given, RULES, count=0, terms=8 * CLASSES)
