@@ -58,7 +58,7 @@ class FuseLinearCrossEntropy(RewriteRule):
         z = torch.tanh(z) * cap if capped else z
         read = rows(z, steps)
         if loss in ("picked", "lost"):
-            chosen = picked(F.log_softmax(read, -1), t, how)
+            chosen = picked(F.log_softmax(read, -1), t, how, smoothing)
             return chosen if loss == "picked" else -chosen, z
         if loss == "nll":
             return F.nll_loss(F.log_softmax(read, -1), t, class_weight, None, ignore_index, None, reduction), z

@@ -1,18 +1,20 @@
 """Equations of the losses that read rows of logits: whatever picks log probabilities at labels is ``picked``.
 
-picked(rows, labels, how) is one number of each row, in the shape of the labels: "as given", or "squeezed", without their last
-dimension, of size 1; or "counted", where labels below 0 count from the end.
+picked(rows, labels, how, ε) is one number of each row, in the shape of the labels: "as given", or "squeezed", without their last
+dimension, of size 1; or "counted", where labels below 0 count from the end. It is (1 − ε) times the number at the label, and ε
+times the mean of the row.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
 from .algebra_rows import rows_of, shape_of
-from .equation import Site, equation, from_the_end, is_number, op_of, same
-from .expr import Expr, View
+from .equation import Site, equation, from_the_end, is_number, numeric_factor, op_of, same
+from .expr import Expr, View, last_size, strip_casts
 from .graph import dtype_of, sizes
 
 
@@ -32,7 +34,7 @@ def number_at_a_label(v: View, at: Site, x: Any, dim: Any, index: Any, *_: Any) 
 
 
 def _picked(v: View, at: Site, x: Expr, labels: Any, how: str = "as given") -> Expr:
-    return v.intern("picked", (rows_of(v, x), labels, how), at.node)
+    return v.intern("picked", (rows_of(v, x), labels, how, 0.0), at.node)
 
 
 @equation("getitem")
@@ -74,7 +76,11 @@ def picked_without_its_dimension(v: View, at: Site, x: Any, *how: Any) -> Expr |
         return None
     if at.op == "getitem" and not _takes_the_first(how[0]):
         return None
-    return v.intern("picked", (*x.args[:2], "squeezed"), at.node) if shape_of(x) == (*sizes(at.node), 1) else None
+    return (
+        v.intern("picked", (*x.args[:2], "squeezed", x.args[3]), at.node)
+        if shape_of(x) == (*sizes(at.node), 1)
+        else None
+    )
 
 
 def _takes_the_first(index: Any) -> bool:
@@ -103,7 +109,7 @@ def log_probabilities(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr
         return None
     total, at_label = (first, second) if first.op == "logsumexp" else (second, first)
     rows = at_label.args[0]
-    if total.args[1] != -1 or rows.op != "rows" or not _same_rows(rows_of(v, total.args[0]), rows):
+    if at_label.args[3] or total.args[1] != -1 or rows.op != "rows" or not _same_rows(rows_of(v, total.args[0]), rows):
         return None
     found = (v.intern("log_softmax", (rows, -1)), *at_label.args[1:])
     if first is total:
@@ -111,6 +117,45 @@ def log_probabilities(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr
     return v.intern("picked", found, at.node)
 
 
+@equation("add", "sub")
+def smoothed(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
+    """(1 − ε)·picked + ε·mean, of log probabilities, or both negative, is picked with smoothed labels."""
+    first, second = _term(x), _term(y)
+    if alpha != 1 or not shape_of(x) == shape_of(y) == shape_of(at) != () or v.pattern:
+        return None
+    second = second[0], second[1] * (-1 if at.op == "sub" else 1)
+    (chosen, a), (mean, b) = (first, second) if op_of(first[0], "picked") else (second, first)
+    total = a + b * _numbers_in_mean(mean)
+    if op_of(chosen, "picked") is None or not math.isclose(abs(total), 1.0, rel_tol=1e-6) or not 0 < a / total < 1:
+        return None
+    rows, labels, how, before = chosen.args
+    if before or rows.op != "log_softmax" or not _same_rows(rows_of(v, mean.args[0]), rows):
+        return None
+    found = v.intern("picked", (rows, labels, how, 1 - a / total))
+    return v.intern("picked", found.args, at.node) if total > 0 else v.intern("neg", (found,), at.node)
+
+
+def _term(x: Any) -> tuple[Any, float]:
+    """What ``x`` is a multiple of, and what multiple."""
+    factor, x = 1.0, strip_casts(x, only_widening=False)
+    while isinstance(x, Expr) and x.op in ("neg", "mul"):
+        inner, c = (x.args[0], -1.0) if x.op == "neg" else numeric_factor(x)
+        if c is None:
+            break
+        factor, x = factor * c, strip_casts(inner, only_widening=False)
+    return x, factor
+
+
+def _numbers_in_mean(x: Any) -> int:
+    """How many means of the last dimension ``x`` is: a sum as many as it adds up numbers; 0 for anything else."""
+    found = op_of(x, "mean", "sum")
+    if found is None or found.args[1] != -1:
+        return 0
+    return 1 if found.op == "mean" else last_size(found.args[0]) or 0
+
+
 def _same_rows(x: Expr, y: Expr) -> bool:
-    """Whether two are the same rows, up to casts."""
-    return x.op == y.op and same(x.args[0], y.args[0]) and x.args[1] == y.args[1]
+    """Whether two are the same rows, or log probabilities of the same, up to casts."""
+    if x.op == y.op == "log_softmax":
+        return _same_rows(x.args[0], y.args[0])
+    return x.op == y.op == "rows" and same(x.args[0], y.args[0]) and x.args[1] == y.args[1]

@@ -91,7 +91,7 @@ def rows_of(v: View, x: Any) -> Expr:
     if read.op == "rows":
         between = [FLAT] if op_of(inner.args[0], "rows") else []
         read = v.intern("rows", (read.args[0], _in_order([*steps, *between, *reversed(read.args[1])])))
-    return v.intern("log_softmax", (read, -1), whole.node)
+    return v.intern("log_softmax", (read, -1))  # of rows, which are no node of the graph
 
 
 def _in_order(steps: list[Step]) -> tuple[Step, ...]:

@@ -123,10 +123,11 @@ def rows(x: Any, steps: Any) -> Any:
     return _record("rows", x, steps)
 
 
-def picked(x: Any, labels: Any, how: Any) -> Any:
+def picked(x: Any, labels: Any, how: Any, smoothing: Any) -> Any:
     """In a pattern: of each row of x the number at a label. ``how`` is "as given", "squeezed" or "counted":
-    in the shape of the labels, or that without its last dimension, or, too, labels below 0 count from the end."""
-    return _record("picked", x, labels, how)
+    in the shape of the labels, or that without its last dimension, or, too, labels below 0 count from the end.
+    ``smoothing`` is the share of the row's mean in it."""
+    return _record("picked", x, labels, how, smoothing)
 
 
 def repeated(x: Any, times: Any, dim: int) -> Any:

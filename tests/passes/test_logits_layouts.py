@@ -76,6 +76,9 @@ CHOSEN = {
     "log probabilities, a part, then rows": lambda z, t: F.nll_loss(
         z.log_softmax(-1)[..., :-1, :].reshape(-1, CLASSES), t[:, 1:].reshape(-1)
     ),
+    "log probabilities as rows, picked": lambda z, t: (
+        -z.log_softmax(-1).flatten(0, 1).gather(1, t.clamp(min=0).view(-1, 1)).view_as(t).mean()
+    ),
     "labels behind": lambda z, t: (z[:, :-1].log_softmax(-1).gather(2, t[:, 1:, None].clamp(min=0))).sum(),
 }
 

@@ -315,6 +315,16 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
             lambda x, k: x.view(6, 6).log_softmax(-1).gather(1, k.view(6, 1)),
         ),
     ],
+    "smoothed": [
+        (
+            lambda x, k: 0.9 * -x.log_softmax(-1).gather(-1, k).squeeze(-1) + 0.1 * -x.log_softmax(-1).mean(-1),
+            lambda x, k: (p := x.log_softmax(-1)).mean(-1) * -0.1 - p.gather(-1, k)[..., 0] * 0.9,
+        ),
+        (
+            lambda x, k: 0.75 * (p := x.log_softmax(-1)).gather(-1, k) + p.sum(-1, keepdim=True) * 0.25 / 6,
+            lambda x, k: (p := x.log_softmax(-1)).mean(-1, True) / 4 + p.gather(-1, k) * 0.75,
+        ),
+    ],
     "rows_of_log_probabilities": [
         (lambda x: F.log_softmax(x, -1).reshape(-1, 6), lambda x: F.log_softmax(x.view(-1, 6), -1)),
     ],
@@ -378,8 +388,9 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "from_complex": lambda z: torch.view_as_real(z).flatten(-2),
     "cat": torch.cat, "stack": torch.stack, "roll": torch.roll,
     "rows": rows_chosen, "permuted": torch.permute,
-    "picked": lambda x, index, how: (
-        x.gather(-1, index.reshape(-1, 1) % x.shape[-1]).view(index.shape[:-1] if how == "squeezed" else index.shape)
+    "picked": lambda x, index, how, smoothing: (
+        ((1 - smoothing) * x.gather(-1, index.reshape(-1, 1) % x.shape[-1]) + smoothing * x.mean(-1, keepdim=True))
+        .view(index.shape[:-1] if how == "squeezed" else index.shape)
     ),
     "cast": lambda x, dtype: x.to(dtype),
     "log_softmax": lambda x, dim, *_: torch.log_softmax(x, dim),
@@ -532,6 +543,14 @@ NEAR: dict[str, Callable[..., Any]] = {
         (x - y.logsumexp(-1, True)) + (x - x.logsumexp(1, True)) + (x.logsumexp(-1, True) - x)
         + (y.logsumexp(-1) - x.gather(-1, k)[..., 0])[..., None] + torch.sub(x, x.logsumexp(-1, True), alpha=2)
         + (x.view(6, 6) - x.view(6, 6).logsumexp(-1)).sum() + (x[0].logsumexp(-1, True) - x[0].gather(-1, k[0])[:, 0]).sum()
+    ),
+    "smoothed otherwise": lambda x, y, k: (
+        0.9 * (p := x.log_softmax(-1)).gather(-1, k)[..., 0] + 0.2 * p.mean(-1) + 1.1 * p.gather(-1, k)[..., 0] - 0.1 * p.mean(-1)
+        + (0.9 * p.gather(-1, k)[..., 0] + 0.1 * y.log_softmax(-1).mean(-1)) + (0.9 * p.gather(-1, k)[..., 0] + 0.1 * x.mean(-1))
+        + (0.9 * p.gather(-1, k) + 0.1 * p.mean(-1)[:, :1, None])[..., 0] + (0.9 * p.gather(-1, k)[..., 0] - 0.1 * p.mean(-1))
+        + (0.9 * x.gather(-1, k)[..., 0] + 0.1 * x.mean(-1)) + (0.9 * p.gather(-1, k)[..., 0] + 0.1 * p.sum(-1))
+        + (0.5 * (0.9 * p.gather(-1, k)[..., 0] + 0.1 * p.mean(-1)) + 0.5 * p.mean(-1))
+        + (0.9 * p.gather(-1, k)[..., 0] + 0.1 * p.mean())
     ),
     "merged updates of the other sign": lambda x, s, p, q: F.linear(x, q @ p - s) + F.linear(x, s + s[:, :1] * (q @ p)),
     "clamped on both sides": lambda x: x.clamp(-0.5, 0.5) + x.clamp(max=0.1),
