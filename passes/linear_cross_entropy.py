@@ -42,18 +42,20 @@ class FuseLinearCrossEntropy(RewriteRule):
 
     name = "linear_cross_entropy"
     variants = {
+        "tempered": ("", "times", "over"),
         "scaled": (False, True),
         "capped": (False, True),
         "loss": ("cross_entropy", "nll", "picked", "lost"),
     }
 
     def pattern(
-        self, x: Any, w: Any, b: Any, t: Any, scale: Any, cap: Any, steps: Any, class_weight: Any,
-        ignore_index: Any, reduction: Any, smoothing: Any, how: Any,
-        *, scaled: bool, capped: bool, loss: str,
+        self, x: Any, w: Any, b: Any, t: Any, temperature: Any, scale: Any, cap: Any, steps: Any,
+        class_weight: Any, ignore_index: Any, reduction: Any, smoothing: Any, how: Any,
+        *, tempered: str, scaled: bool, capped: bool, loss: str,
     ) -> Any:  # fmt: skip
         """Logits scaled and capped or not, and rows of them, however chosen."""
         z = F.linear(x, w, b)
+        z = z / temperature if tempered == "over" else z * temperature if tempered else z
         z = z * scale if scaled else z
         z = torch.tanh(z) * cap if capped else z
         read = rows(z, steps)
@@ -64,15 +66,21 @@ class FuseLinearCrossEntropy(RewriteRule):
             return F.nll_loss(F.log_softmax(read, -1), t, class_weight, None, ignore_index, None, reduction), z
         return F.cross_entropy(read, t, class_weight, None, ignore_index, None, reduction, smoothing), z
 
+    def accepts(self, m: Match) -> bool:
+        """A temperature is a value of the graph, such as a parameter; any other scale a constant."""
+        return bool(m.tempered) == isinstance(m.temperature, fx.Node) and not isinstance(m.scale, fx.Node)
+
     def check(self, m: Match) -> Refusal | None:
         """Class indices as labels, constant options, and nobody who reads the logits but the caller."""
         labels = m.t.meta.get("val") if isinstance(m.t, fx.Node) else None
         if labels is None or labels.is_floating_point() or m.class_weight is not None:
             return self.refuse(m, "the labels are probabilities, or classes are weighted")
-        constants = (m.scale, m.cap, m.ignore_index, m.smoothing)
+        constants = (m.cap, m.ignore_index, m.smoothing)
         reduced = m.loss in ("picked", "lost") or m.reduction in ("mean", "sum", "none")
         if any(isinstance(c, fx.Node) for c in constants) or not reduced:
             return self.refuse(m, "an option of the loss is computed by the graph, not a constant")
+        if m.tempered and (set(sizes(m.temperature)) - {1} or len(sizes(m.temperature)) > len(sizes(m.x))):
+            return self.refuse(m, "the logits are scaled by more than one number")
         if 0 in (m.scale, m.cap):
             return self.refuse(m, "the logits are multiplied by 0")
         if unknown := [step for step in m.steps if step[0] == "other"]:
@@ -85,19 +93,12 @@ class FuseLinearCrossEntropy(RewriteRule):
         return None
 
     def rewrite(
-        self,
-        m: Match,
-        x: Any,
-        w: Any,
-        b: Any,
-        t: Any,
-        steps: Any,
-        ignore_index: Any,
-        reduction: Any,
-        smoothing: Any,
-        **_: Any,
-    ) -> Any:
+        self, m: Match, x: Any, w: Any, b: Any, t: Any, temperature: Any, steps: Any, ignore_index: Any,
+        reduction: Any, smoothing: Any, **_: Any,
+    ) -> Any:  # fmt: skip
         """The fused loss, and logits that are computed when they are read."""
+        if m.tempered:  # the temperature may be learned: autograd takes its gradient from that of x
+            x, b = _tempered(x, m.x, temperature, m), None if b is None else _tempered(b, m.b, temperature, m)
         scale, cap = _scale_and_cap(m)
         read = _chosen(x, steps)
         labels = t if len(sizes(m.t)) == 1 else t.reshape(-1)
@@ -131,6 +132,12 @@ def _scale_and_cap(m: Match) -> tuple[float, float]:
         return scale, 0.0
     cap = float(m.cap)
     return 1.0 if math.isclose(scale * cap, 1.0, rel_tol=1e-7) else scale * cap, cap
+
+
+def _tempered(x: Any, of: fx.Node, temperature: Any, m: Match) -> Any:
+    """``x``, a proxy of ``of``, times or over the temperature, in the dtype of ``of``."""
+    found, kind = x / temperature if m.tempered == "over" else x * temperature, dtype_of(of)
+    return found if dtype_of(m.temperature) == kind else found.to(kind)
 
 
 def _dropped(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
