@@ -192,7 +192,7 @@ class Installation:
             self.install(site)
 
     def _region(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
-        compiled = {(): self._compiled(original, self.codes)}
+        compiled: dict[tuple[bool, ...], Any] = {(): self._compiled(original, self.codes)}
         inline = [f for f in self.replaced.values() if isinstance(f, InlineForward)] if not site.alike else []
         # What these return may depend on their modes, which Dynamo does not look at: each has graphs of its own.
         told = [f.module for f in inline if set(f.kinds.values()) != {LIKE}]
