@@ -92,6 +92,8 @@ def _attempt(
     refusal = _illegal(rule, match, contexts)
     if refusal is None:  # not ``or``: a refusal is falsy
         refusal = rule.check(match)
+    if refusal is None:  # last: a rule may know why a result is read so early
+        refusal = _comes_late(rule, match)
     return _replace(module, rule, match, verifier, outcome) if refusal is None else refusal
 
 
@@ -199,6 +201,12 @@ def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, Any]) -> R
         return rule.refuse(match, f"{write.name} overwrites a value in place between the matched operations")
     if any(map(g.requires_grad, match.outputs)) and (node := _overwritten_later(match)) is not None:
         return rule.refuse(match, f"{node.name} overwrites later what the replacement may keep for its backward")
+    return None
+
+
+def _comes_late(rule: RewriteRule, match: Match) -> Refusal | None:
+    """A refusal where an input is computed only after one of the results is read."""
+    end = insertion_point(match)
     late = [i.name for i in match.inputs() if not g.before(i, end)]
     return rule.refuse(match, f"{late[0]} is computed after a result is first read") if late else None
 

@@ -197,3 +197,13 @@ def test_what_is_written_to_what_the_head_read_stays(name: str) -> None:
 
     given = {k: v.detach() for k, v in head().items()}
     check(loss, given, RULES, count=0, terms=8 * CLASSES)
+
+
+def test_two_losses_of_the_same_logits_are_said_to_be_that() -> None:
+    def losses(x: Any, w: Any, t: Any) -> Any:
+        z = F.linear(x, w)
+        first = F.cross_entropy(z[:, :-1].flatten(0, 1), t[:, 1:].flatten())
+        return first + F.cross_entropy(z[:, :-2].flatten(0, 1), t[:, 2:].flatten())
+
+    _, outcome = check(losses, head(length=5), RULES, count=0, terms=8 * CLASSES)
+    assert all("the logits are also read by" in r.reason for r in outcome.refusals) and len(outcome.refusals) == 2
