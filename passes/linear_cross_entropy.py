@@ -17,7 +17,7 @@ from torch import Tensor, fx
 from ..kernels.deferred_logits import deferred_logits, dropped_logits
 from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..rewrite.errors import DroppedOutputError
-from ..rewrite.graph import dtype_of, sizes, static_size
+from ..rewrite.graph import dtype_of, sizes
 from ..rewrite.match import Match
 from ..rewrite.pattern import picked, rows
 from ..rewrite.report import Refusal
@@ -42,42 +42,49 @@ class FuseLinearCrossEntropy(RewriteRule):
 
     name = "linear_cross_entropy"
     variants = {
+        "tempered": ("", "times", "over"),
         "scaled": (False, True),
         "capped": (False, True),
-        "shifted": (False, True),
         "loss": ("cross_entropy", "nll", "picked", "lost"),
     }
 
     def pattern(
-        self, x: Any, w: Any, b: Any, t: Any, scale: Any, cap: Any, index: Any, class_weight: Any,
-        ignore_index: Any, reduction: Any, smoothing: Any, how: Any,
-        *, scaled: bool, capped: bool, shifted: bool, loss: str,
+        self, x: Any, w: Any, b: Any, t: Any, temperature: Any, scale: Any, cap: Any, steps: Any,
+        class_weight: Any, ignore_index: Any, reduction: Any, smoothing: Any, how: Any,
+        *, tempered: str, scaled: bool, capped: bool, loss: str,
     ) -> Any:  # fmt: skip
-        """Logits scaled and capped or not, flattened or not, sliced by one position or not."""
+        """Logits scaled and capped or not, and rows of them, however chosen."""
         z = F.linear(x, w, b)
+        z = z / temperature if tempered == "over" else z * temperature if tempered else z
         z = z * scale if scaled else z
         z = torch.tanh(z) * cap if capped else z
-        read = rows(z[index] if shifted else z)
+        read = rows(z, steps)
         if loss in ("picked", "lost"):
-            chosen = picked(F.log_softmax(read, -1), t, how)
+            chosen = picked(F.log_softmax(read, -1), t, how, smoothing)
             return chosen if loss == "picked" else -chosen, z
         if loss == "nll":
             return F.nll_loss(F.log_softmax(read, -1), t, class_weight, None, ignore_index, None, reduction), z
         return F.cross_entropy(read, t, class_weight, None, ignore_index, None, reduction, smoothing), z
+
+    def accepts(self, m: Match) -> bool:
+        """A temperature is a value of the graph, such as a parameter; any other scale a constant."""
+        return bool(m.tempered) == isinstance(m.temperature, fx.Node) and not isinstance(m.scale, fx.Node)
 
     def check(self, m: Match) -> Refusal | None:
         """Class indices as labels, constant options, and nobody who reads the logits but the caller."""
         labels = m.t.meta.get("val") if isinstance(m.t, fx.Node) else None
         if labels is None or labels.is_floating_point() or m.class_weight is not None:
             return self.refuse(m, "the labels are probabilities, or classes are weighted")
-        constants = (m.scale, m.cap, m.ignore_index, m.smoothing)
+        constants = (m.cap, m.ignore_index, m.smoothing)
         reduced = m.loss in ("picked", "lost") or m.reduction in ("mean", "sum", "none")
         if any(isinstance(c, fx.Node) for c in constants) or not reduced:
             return self.refuse(m, "an option of the loss is computed by the graph, not a constant")
+        if m.tempered and (set(sizes(m.temperature)) - {1} or len(sizes(m.temperature)) > len(sizes(m.x))):
+            return self.refuse(m, "the logits are scaled by more than one number")
         if 0 in (m.scale, m.cap):
             return self.refuse(m, "the logits are multiplied by 0")
-        if m.shifted and not _keeps_features(m.index):
-            return self.refuse(m, f"the logits are indexed with {m.index}")
+        if unknown := [step for step in m.steps if step[0] == "other"]:
+            return self.refuse(m, f"the logits are indexed with {unknown[0][1]}")
         readers = _other_readers(m)
         if any(n.op != "output" for n in readers):
             return self.refuse(m, f"the logits are also read by {next(n.name for n in readers if n.op != 'output')}")
@@ -86,11 +93,14 @@ class FuseLinearCrossEntropy(RewriteRule):
         return None
 
     def rewrite(
-        self, m: Match, x: Any, w: Any, b: Any, t: Any, ignore_index: Any, reduction: Any, smoothing: Any, **_: Any
-    ) -> Any:
+        self, m: Match, x: Any, w: Any, b: Any, t: Any, temperature: Any, steps: Any, ignore_index: Any,
+        reduction: Any, smoothing: Any, **_: Any,
+    ) -> Any:  # fmt: skip
         """The fused loss, and logits that are computed when they are read."""
+        if m.tempered:  # the temperature may be learned: autograd takes its gradient from that of x
+            x, b = _tempered(x, m.x, temperature, m), None if b is None else _tempered(b, m.b, temperature, m)
         scale, cap = _scale_and_cap(m)
-        read = x[m.index] if m.shifted else x
+        read = _chosen(x, steps)
         labels = t if len(sizes(m.t)) == 1 else t.reshape(-1)
         by_hand = m.loss in ("picked", "lost")
         if by_hand:
@@ -104,6 +114,8 @@ class FuseLinearCrossEntropy(RewriteRule):
         if by_hand:
             loss = (-loss if m.loss == "picked" else loss).view_as(t)
             loss = loss.squeeze(-1) if m.how == "squeezed" else loss
+        elif reduction == "none" and len(sizes(m.t)) != 1:
+            loss = loss.view_as(t)
         if dtype_of(m.root) != (torch.float64 if product_dtype(m.x) == torch.float64 else torch.float32):
             loss = loss.to(dtype_of(m.root))
         kind = dtype_of(m.outputs[1])
@@ -122,6 +134,12 @@ def _scale_and_cap(m: Match) -> tuple[float, float]:
     return 1.0 if math.isclose(scale * cap, 1.0, rel_tol=1e-7) else scale * cap, cap
 
 
+def _tempered(x: Any, of: fx.Node, temperature: Any, m: Match) -> Any:
+    """``x``, a proxy of ``of``, times or over the temperature, in the dtype of ``of``."""
+    found, kind = x / temperature if m.tempered == "over" else x * temperature, dtype_of(of)
+    return found if dtype_of(m.temperature) == kind else found.to(kind)
+
+
 def _dropped(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
     """In a graph: what stands for logits that the user does not want."""
     return dropped_logits(x, w, DroppedOutputError).to(dtype)
@@ -130,13 +148,11 @@ def _dropped(x: Tensor, w: Tensor, dtype: torch.dtype) -> Tensor:
 _dropped.is_never_read = True  # type: ignore[attr-defined]
 
 
-def _keeps_features(index: Any) -> bool:
-    """Whether indexing with ``index`` leaves the last dimension whole."""
-    items = list(index) if isinstance(index, tuple) else [index]
-    plain = all(isinstance(i, slice) or i is Ellipsis for i in items)
-    return plain and (
-        items[-1] == slice(None) or (len(items) < 3 and items[-1] is not Ellipsis and Ellipsis not in items)
-    )
+def _chosen(x: Any, steps: tuple[Any, ...]) -> Any:
+    """Of ``x``, a proxy, what ``steps`` choose."""
+    for name, *arguments in steps:
+        x = x[arguments[0]] if name == "getitem" else getattr(x, name)(*arguments)
+    return x
 
 
 def _other_readers(m: Match) -> list[fx.Node]:
@@ -155,5 +171,6 @@ def _other_readers(m: Match) -> list[fx.Node]:
 
 def _is_logits(node: fx.Node, m: Match) -> bool:
     """Whether ``node`` holds a value for every class."""
-    size = static_size(node)  # a symbolic one is none of classes, and to compare it would be a guard
-    return size is not None and size == sizes(m.w)[0] and node not in m.inputs()
+    classes = sizes(m.w)[0]  # a symbolic size is none of classes, and to compare it would be a guard
+    held = isinstance(classes, int) and classes in [s for s in sizes(node) if isinstance(s, int)]
+    return held and bool((dtype_of(node) or torch.int).is_floating_point) and node not in m.inputs()

@@ -13,13 +13,14 @@ from . import (
     algebra_masks,
     algebra_products,
     algebra_reductions,
+    algebra_rows,
     algebra_shapes,
 )
 from .equation import REGISTERED, Equation, Site
 from .expr import Expr, View
 
 THEMES = (
-    algebra_losses, algebra_masks, algebra_reductions, algebra_exponentials, algebra_arithmetic, algebra_shapes,
+    algebra_rows, algebra_losses, algebra_masks, algebra_reductions, algebra_exponentials, algebra_arithmetic, algebra_shapes,
     algebra_products,
 )  # fmt: skip
 """In this order, and within one from top to bottom, equations of one operation are tried."""

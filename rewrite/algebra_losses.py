@@ -1,28 +1,21 @@
 """Equations of the losses that read rows of logits: whatever picks log probabilities at labels is ``picked``.
 
-picked(rows, labels, how) is one number of each row, in the shape of the labels: "as given", or "squeezed", without their last
-dimension, of size 1; or "counted", where labels below 0 count from the end.
+picked(rows, labels, how, ε) is one number of each row, in the shape of the labels: "as given", or "squeezed", without their last
+dimension, of size 1; or "counted", where labels below 0 count from the end. It is (1 − ε) times the number at the label, and ε
+times the mean of the row.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 
-from .equation import Site, equation, from_the_end, is_number, op_of, same
-from .expr import Expr, View, rank, strip_casts
+from .algebra_rows import rows_of, shape_of
+from .equation import Site, equation, from_the_end, is_number, numeric_factor, op_of, same
+from .expr import Expr, View, last_size, strip_casts
 from .graph import dtype_of, sizes
-
-
-def _shape(x: Any) -> tuple[Any, ...]:
-    return sizes(x.node) if isinstance(x, Expr | Site) and x.node is not None else ()
-
-
-@equation("log_softmax")
-def probabilities_of_one_dimension(v: View, at: Site, x: Any, dim: Any, *options: Any) -> Expr | None:
-    """A softmax names its dimension from the end; the dtype that it computes in is a cast."""
-    return v.make("log_softmax", x, from_the_end(dim, x), node=at.node) if options else None
 
 
 @equation("logsumexp")
@@ -31,77 +24,29 @@ def sum_of_one_dimension(v: View, at: Site, x: Any, dim: Any, keepdim: Any, *_: 
     return v.intern("logsumexp", (x, from_the_end(dim, x), keepdim), at.node)
 
 
-@equation("cross_entropy", "log_softmax")
-def over_rows(v: View, at: Site, x: Any, *options: Any) -> Expr | None:
-    """A loss over classes reads rows, whether or not its input was flattened to rows, or classes put first, for it."""
-    if not isinstance(x, Expr) or x.op == "rows" or v.pattern:
-        return None
-    inner = strip_casts(x, only_widening=False)
-    if rank(x) == 3 and at.op == "cross_entropy" and inner.op == "transposed":
-        return v.intern(at.op, (v.intern("rows", inner.args, inner.node), *options), at.node)
-    if rank(x) != 2 or not isinstance(_flattened(inner), Expr):
-        return None
-    return v.intern(at.op, (_rows(v, x), *options), at.node)
-
-
-def _flattened(x: Expr) -> Any:
-    """What ``x`` flattens to rows, if it does, else ``x``."""
-    return x.args[0] if x.op in ("view", "flatten") and _keeps_last(x) else x
-
-
-def _keeps_last(x: Expr) -> bool:
-    """Whether a reshape flattens leading dimensions alone."""
-    before, after = _shape(x.args[0]), _shape(x)
-    return len(after) == 2 and len(before) >= 2 and before[-1] == after[-1]
-
-
-def _rows(v: View, x: Any) -> Expr:
-    """``x`` as rows, of whatever was flattened for it."""
-    if op_of(x, "rows"):
-        return x
-    inner = strip_casts(x, only_widening=False)
-    return v.intern("rows", (_flattened(inner) if rank(x) == 2 else x,), inner.node)
-
-
-@equation("view", "flatten")
-def rows_of_log_probabilities(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
-    """log_softmax(x) flattened to rows is the log_softmax of rows."""
-    inner = op_of(x, "log_softmax")
-    if inner is None or inner.args[1] != -1 or at.node is None or not isinstance(inner.args[0], Expr):
-        return None
-    before, after = _shape(x), sizes(at.node)
-    if len(after) != 2 or len(before) < 3 or before[-1] != after[-1]:
-        return None
-    return v.intern("log_softmax", (v.intern("rows", inner.args[:1]), -1), at.node)
-
-
 @equation("gather")
 def number_at_a_label(v: View, at: Site, x: Any, dim: Any, index: Any, *_: Any) -> Expr | None:
     """What gather picks of each row, one number, is picked of the rows."""
     if not isinstance(x, Expr) or from_the_end(dim, x) != -1:
         return None
-    before, chosen = _shape(x), _shape(index)
+    before, chosen = shape_of(x), shape_of(index)
     return _picked(v, at, x, index) if before and chosen == (*before[:-1], 1) else None
 
 
 def _picked(v: View, at: Site, x: Expr, labels: Any, how: str = "as given") -> Expr:
-    inner = op_of(x, "log_softmax")
-    if inner is None or inner.args[1] != -1:
-        return v.intern("picked", (_rows(v, x), labels, how), at.node)
-    rows = v.intern("log_softmax", (_rows(v, inner.args[0]), -1), inner.node)
-    return v.intern("picked", (rows, labels, how), at.node)
+    return v.intern("picked", (rows_of(v, x), labels, how, 0.0), at.node)
 
 
 @equation("getitem")
 def number_of_each_row(v: View, at: Site, x: Any, index: Any) -> Expr | None:
     """x[(0, 1, 2, …), labels] is picked of the rows; not where the labels are a mask, or another integer that may be one."""
     first, labels = index if isinstance(index, tuple) and len(index) == 2 else (None, None)
-    count, rows = op_of(first, "arange"), _shape(x)[:1]
+    count, rows = op_of(first, "arange"), shape_of(x)[:1]
     if count is None or not isinstance(labels, Expr) or dtype_of(labels.node) != torch.int64:
         return None
     given = [a for a in count.args if not isinstance(a, tuple)]  # keywords, such as the device, are pairs
     from_zero = len(given) == 1 or (len(given) == 2 and is_number(given[0]) and given[0] == 0)
-    fits = len(_shape(x)) == 2 and rows == _shape(count) == _shape(labels)
+    fits = len(shape_of(x)) == 2 and rows == shape_of(count) == shape_of(labels)
     return _picked(v, at, x, labels, "counted") if from_zero and fits else None
 
 
@@ -113,7 +58,7 @@ def product_with_one_hot(v: View, at: Site, x: Any, dim: Any, keepdim: Any = Fal
         return None
     for one, other in (product.args, product.args[::-1]):
         encoded = _one_hot(one)
-        if encoded is not None and isinstance(other, Expr) and _shape(other) and _shape(other) == _shape(encoded):
+        if encoded is not None and isinstance(other, Expr) and shape_of(other) and shape_of(other) == shape_of(encoded):
             return _picked(v, at, other, encoded.args[0])
     return None
 
@@ -131,7 +76,11 @@ def picked_without_its_dimension(v: View, at: Site, x: Any, *how: Any) -> Expr |
         return None
     if at.op == "getitem" and not _takes_the_first(how[0]):
         return None
-    return v.intern("picked", (*x.args[:2], "squeezed"), at.node) if _shape(x) == (*sizes(at.node), 1) else None
+    return (
+        v.intern("picked", (*x.args[:2], "squeezed", x.args[3]), at.node)
+        if shape_of(x) == (*sizes(at.node), 1)
+        else None
+    )
 
 
 def _takes_the_first(index: Any) -> bool:
@@ -155,14 +104,58 @@ def log_probabilities(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr
         first is None
         or second is None
         or first.op == second.op
-        or not _shape(first) == _shape(second) == _shape(at) != ()
+        or not shape_of(first) == shape_of(second) == shape_of(at) != ()
     ):
         return None
     total, at_label = (first, second) if first.op == "logsumexp" else (second, first)
     rows = at_label.args[0]
-    if total.args[1] != -1 or rows.op != "rows" or not same(_rows(v, total.args[0]).args[0], rows.args[0]):
+    if at_label.args[3] or total.args[1] != -1 or rows.op != "rows" or not _same_rows(rows_of(v, total.args[0]), rows):
         return None
     found = (v.intern("log_softmax", (rows, -1)), *at_label.args[1:])
     if first is total:
         return v.intern("neg", (v.intern("picked", found),), at.node)
     return v.intern("picked", found, at.node)
+
+
+@equation("add", "sub")
+def smoothed(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
+    """(1 − ε)·picked + ε·mean, of log probabilities, or both negative, is picked with smoothed labels."""
+    first, second = _term(x), _term(y)
+    if alpha != 1 or not shape_of(x) == shape_of(y) == shape_of(at) != () or v.pattern:
+        return None
+    second = second[0], second[1] * (-1 if at.op == "sub" else 1)
+    (chosen, a), (mean, b) = (first, second) if op_of(first[0], "picked") else (second, first)
+    total = a + b * _numbers_in_mean(mean)
+    if op_of(chosen, "picked") is None or not math.isclose(abs(total), 1.0, rel_tol=1e-6) or not 0 < a / total < 1:
+        return None
+    rows, labels, how, before = chosen.args
+    if before or rows.op != "log_softmax" or not _same_rows(rows_of(v, mean.args[0]), rows):
+        return None
+    found = v.intern("picked", (rows, labels, how, 1 - a / total))
+    return v.intern("picked", found.args, at.node) if total > 0 else v.intern("neg", (found,), at.node)
+
+
+def _term(x: Any) -> tuple[Any, float]:
+    """What ``x`` is a multiple of, and what multiple."""
+    factor, x = 1.0, strip_casts(x, only_widening=False)
+    while isinstance(x, Expr) and x.op in ("neg", "mul"):
+        inner, c = (x.args[0], -1.0) if x.op == "neg" else numeric_factor(x)
+        if c is None:
+            break
+        factor, x = factor * c, strip_casts(inner, only_widening=False)
+    return x, factor
+
+
+def _numbers_in_mean(x: Any) -> int:
+    """How many means of the last dimension ``x`` is: a sum as many as it adds up numbers; 0 for anything else."""
+    found = op_of(x, "mean", "sum")
+    if found is None or found.args[1] != -1:
+        return 0
+    return 1 if found.op == "mean" else last_size(found.args[0]) or 0
+
+
+def _same_rows(x: Expr, y: Expr) -> bool:
+    """Whether two are the same rows, or log probabilities of the same, up to casts."""
+    if x.op == y.op == "log_softmax":
+        return _same_rows(x.args[0], y.args[0])
+    return x.op == y.op == "rows" and same(x.args[0], y.args[0]) and x.args[1] == y.args[1]

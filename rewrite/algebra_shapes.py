@@ -13,8 +13,8 @@ from .graph import dtype_of, sizes
 
 @equation("contiguous", "clone")
 def same_values(v: View, at: Site, x: Any, memory_format: Any = None) -> Expr | None:
-    """A copy has the values of its original."""
-    return x if isinstance(x, Expr) else None
+    """A copy has the values of its original, unless something is written into the copy."""
+    return x if isinstance(x, Expr) and not v.is_written(at.node) else None
 
 
 @equation("t", "transpose", "mT", "numpy_T", "T")

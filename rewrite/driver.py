@@ -92,6 +92,8 @@ def _attempt(
     refusal = _illegal(rule, match, contexts)
     if refusal is None:  # not ``or``: a refusal is falsy
         refusal = rule.check(match)
+    if refusal is None:  # last: a rule may know why a result is read so early
+        refusal = _comes_late(rule, match)
     return _replace(module, rule, match, verifier, outcome) if refusal is None else refusal
 
 
@@ -194,16 +196,33 @@ def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, Any]) -> R
     if any(g.is_random(n) for n in match.nodes):
         return rule.refuse(match, "a random operation would be moved")
     inside = [n for n in match.root.graph.nodes if not g.before(n, start) and not g.before(match.root, n)]
-    read = set[fx.Node]().union(
-        *(g.storage_roots(i) for i in match.inputs()), *(g.storage_roots(n) for n in match.nodes)
-    )
-    for node in inside:
-        if read & g.overwritten(node):
-            return rule.refuse(match, f"{node.name} overwrites a value in place between the matched operations")
+    write = next((n for n in inside if _stands_between(n, match, end)), None)
+    if write is not None:
+        return rule.refuse(match, f"{write.name} overwrites a value in place between the matched operations")
     if any(map(g.requires_grad, match.outputs)) and (node := _overwritten_later(match)) is not None:
         return rule.refuse(match, f"{node.name} overwrites later what the replacement may keep for its backward")
+    return None
+
+
+def _comes_late(rule: RewriteRule, match: Match) -> Refusal | None:
+    """A refusal where an input is computed only after one of the results is read."""
+    end = insertion_point(match)
     late = [i.name for i in match.inputs() if not g.before(i, end)]
     return rule.refuse(match, f"{late[0]} is computed after a result is first read") if late else None
+
+
+def _stands_between(write: fx.Node, match: Match, end: fx.Node) -> bool:
+    """Whether ``write`` overwrites what ``match`` reads or computes, on the way from there to ``end``, where the replacement
+    reads: what only operations behind it read, such as labels filled in late, is for both as it left it."""
+    written = g.overwritten(write)
+    if not written:
+        return False
+    passed = [n for n in match.nodes if not g.before(write, n) or not g.before(write, end)]  # a write reads, too
+    # What hands an input on may be equal to it and yet a tensor of its own: a copy, or the same computed twice.
+    known = {*match.nodes, *match.inputs()} - match.handed_on
+    beside = [] if all(known.issuperset((p, *p.all_input_nodes)) for p in passed) else match.inputs()
+    touched = (g.storage_roots(n) for p in passed for n in (p, *p.all_input_nodes, *beside))
+    return not written.isdisjoint(set[fx.Node]().union(*touched))
 
 
 def _overwritten_later(match: Match) -> fx.Node | None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import before, dtype_of, is_context, is_random, sizes, value
+from .graph import before, dtype_of, is_context, is_random, sizes, value, written_to
 from .vocabulary import SIGNATURES, bind, is_in_place, operation
 
 
@@ -78,6 +78,15 @@ class View:
     _of: dict[fx.Node, Expr] = field(default_factory=dict)
     _epochs: dict[fx.Node, int] = field(default_factory=dict)
     _epoch: int = 0
+    _written: set[fx.Node] | None = None
+
+    def is_written(self, node: fx.Node | None) -> bool:
+        """Whether something in the graph may overwrite what ``node`` returns."""
+        if node is None:
+            return False
+        if self._written is None:
+            self._written = written_to(node.graph)
+        return node in self._written
 
     def of(self, node: Any) -> Any:
         """The expression of a graph node; constants, and containers of both, map to themselves."""

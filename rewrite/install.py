@@ -18,12 +18,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._dynamo.utils import deepcopy_to_fake_tensor
+from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .alike import Alike, swapped
 from .cache import layer_number, narrow_caches, widen_caches
 from .capture import Session, dynamo_settings
 from .errors import CaptureError
+from .kinds import LIKE, OTHER, Kind, form_of, kind_of, made_like
 from .ladder import TracedRun
 from .regions import Site
 
@@ -71,36 +73,51 @@ def _same(forward: Any) -> Any:
 class InlineForward(InstalledForward):
     """A replaced forward that is one call in any graph that Dynamo captures around it.
 
-    For Dynamo the result is like the first tensor argument; every call checks that it was.
+    For Dynamo the result is what such a call returned before: a tensor like the first tensor argument, or a tuple of such and of
+    single numbers. Every call checks that it was.
     """
 
     def __init__(self, module: nn.Module, run: Callable[..., Any], original: Callable[..., Any]) -> None:
         super().__init__(module, run, original)
         # The code of a graph looks up by name what says that it comes from torch, as the forward of nn.Sequential does.
         self.__module__ = __name__
-        self.keeps_type: bool | None = None
+        self.kinds: dict[Any, Kind] = {}
         torch._dynamo.allow_in_graph(self)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        call = (self.module.training, torch.is_grad_enabled(), form_of((args, kwargs)))
         if isinstance(given, FakeTensor):
-            return torch.empty_like(given).requires_grad_(torch.is_grad_enabled())
+            return made_like(self._expected(call) or self._foreseen(call, given, args, kwargs), given)
         result = self.run(*args, **kwargs)
         if self.run is self.original:
             return result
-        like = isinstance(result, Tensor) and given is not None and _type(result) == _type(given)
-        if self.keeps_type and not like:
+        kind = kind_of(result, given)
+        if (self._expected(call) or kind) not in (kind, OTHER):
             raise CaptureError(
-                f"{type(self.module).__name__} returned a tensor unlike its input, which it did not when it was captured: "
-                "call undo() and pass optimize() an example of this call"
+                f"{type(self.module).__name__} returned {'a tensor' if isinstance(result, Tensor) else 'something'} unlike its "
+                "input, which it did not when it was captured: call undo() and pass optimize() an example of this call"
             )
-        if self.keeps_type is None or not like:
-            self.keeps_type = like
+        self.kinds[call] = kind
         return result
 
+    def keeps_type(self) -> bool:
+        """Whether it ran, and returned what Dynamo can be told of each time."""
+        return bool(self.kinds) and OTHER not in self.kinds.values()
 
-def _type(x: Tensor) -> tuple[Any, ...]:
-    return x.shape, x.dtype, x.device
+    def _expected(self, call: Any) -> Kind | None:
+        """What such a call returned; a block that returns plain tensors is taken to do so always."""
+        return self.kinds.get(call) or (LIKE if set(self.kinds.values()) == {LIKE} else None)
+
+    def _foreseen(self, call: Any, given: FakeTensor, args: Any, kwargs: Any) -> Kind:
+        """What a call of a new form will return, such as the first one for evaluation: found with fake parameters."""
+        with unset_fake_temporarily():  # the copy reads real parameters
+            module = deepcopy_to_fake_tensor(self.module, given.fake_mode)
+        kind = kind_of(type(module).forward(module, *args, **kwargs), given)
+        if kind == OTHER:
+            raise NotImplementedError(f"{type(self.module).__name__} returns what no graph around it can hold")
+        self.kinds[call] = kind
+        return kind
 
 
 def _own_error(original: Callable[..., Any], args: Any, kwargs: Any) -> Exception | None:
@@ -151,8 +168,8 @@ class Installation:
         self.replaced[site.path] = site.module.__dict__["forward"] = forward
 
     def inline_blocks_keep_type(self) -> bool:
-        """Whether every inline block that ran returned a tensor like the one it was given."""
-        return all(f.keeps_type for f in self.replaced.values() if isinstance(f, InlineForward))
+        """Whether every inline block ran and returned what Dynamo can be told of."""
+        return all(f.keeps_type() for f in self.replaced.values() if isinstance(f, InlineForward))
 
     def _runner(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
         if site.role == "traced":
@@ -175,8 +192,10 @@ class Installation:
             self.install(site)
 
     def _region(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
-        captured = _with_code_of_its_own(original, self.codes)
-        compiled = torch.compile(captured, backend=self.session.compiler, dynamic=True)
+        compiled: dict[tuple[bool, ...], Any] = {(): self._compiled(original, self.codes)}
+        inline = [f for f in self.replaced.values() if isinstance(f, InlineForward)] if not site.alike else []
+        # What these return may depend on their modes, which Dynamo does not look at: each has graphs of its own.
+        told = [f.module for f in inline if set(f.kinds.values()) != {LIKE}]
         session, path, layer = self.session, site.path, layer_number(site.module)
         memory = session.memory if session.memory and path in session.memory.paths else None
         alike = Alike(site.module) if site.alike else None
@@ -193,7 +212,10 @@ class Installation:
                 given, named = swapped(args, kwargs, alias)
             try:
                 with session.inside(path, alias), dynamo_settings(), memory.running(path) if memory else nullcontext():
-                    result = widen_caches(compiled(*given, **named))
+                    modes = tuple([module.training for module in told])
+                    if modes not in compiled:
+                        compiled[modes] = self._compiled(original, [])
+                    result = widen_caches(compiled[modes](*given, **named))
                 if alike is not None and alias is not None:
                     alike.met = alias.met
                 return result
@@ -202,6 +224,10 @@ class Installation:
             raise _own_error(original, args, kwargs) or failure
 
         return run
+
+    def _compiled(self, original: Callable[..., Any], codes: list[tuple[types.CodeType, types.CodeType]]) -> Any:
+        captured = _with_code_of_its_own(original, codes)
+        return torch.compile(captured, backend=self.session.compiler, dynamic=True)
 
     def remove(self, path: str) -> None:
         """Give one module its former forward back."""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx
+from torch.fx.node import map_arg
 
 from .expr import Expr, strip_casts
 from .pattern import Pattern
@@ -66,8 +67,9 @@ class Match:
 
     def inputs(self) -> list[fx.Node]:
         """The distinct nodes bound to wildcards."""
-        bound = [b for v in self.bindings.values() for b in (v if isinstance(v, tuple | list) else (v,))]
-        return list(dict.fromkeys(b for b in bound if isinstance(b, fx.Node)))
+        found = dict[fx.Node, None]()
+        map_arg(tuple(self.bindings.values()), lambda n: found.setdefault(n))
+        return list(found)
 
 
 def find(pattern: Pattern, target: Expr, miss: Miss) -> Iterator[tuple[tuple[fx.Node, ...], Bindings]]:
@@ -75,8 +77,16 @@ def find(pattern: Pattern, target: Expr, miss: Miss) -> Iterator[tuple[tuple[fx.
     for state in _match(pattern.root, target, _State(), miss):
         nodes = tuple(state.seen[id(e)] for e in pattern.outputs if id(e) in state.seen)
         if len(nodes) == len(pattern.outputs):
-            bindings = {k: v.node if isinstance(v, Expr) else v for k, v in state.bound.items()}
-            yield nodes, bindings
+            yield nodes, {k: _nodes(v) for k, v in state.bound.items()}
+
+
+def _nodes(bound: Any) -> Any:
+    """What a wildcard is bound to, with nodes in place of their expressions."""
+    if isinstance(bound, slice):
+        return slice(_nodes(bound.start), _nodes(bound.stop), _nodes(bound.step))
+    if isinstance(bound, tuple | list):
+        return tuple(_nodes(b) for b in bound)
+    return bound.node if isinstance(bound, Expr) else bound
 
 
 @dataclass(frozen=True)

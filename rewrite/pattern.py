@@ -117,15 +117,17 @@ def gemv_4bit(x: Any, *storage: Any) -> Any:
     return _record("gemv_4bit", x, *storage)
 
 
-def rows(x: Any) -> Any:
-    """In a pattern: x with its leading dimensions flattened into one, or as it was."""
-    return _record("rows", x)
+def rows(x: Any, steps: Any) -> Any:
+    """In a pattern: rows of x, whose leading dimensions were flattened into one, or not. ``steps`` says what chose and moved
+    them before: each step is the name of a method and its arguments, and leaves the last dimension whole unless it is "other"."""
+    return _record("rows", x, steps)
 
 
-def picked(x: Any, labels: Any, how: Any) -> Any:
+def picked(x: Any, labels: Any, how: Any, smoothing: Any) -> Any:
     """In a pattern: of each row of x the number at a label. ``how`` is "as given", "squeezed" or "counted":
-    in the shape of the labels, or that without its last dimension, or, too, labels below 0 count from the end."""
-    return _record("picked", x, labels, how)
+    in the shape of the labels, or that without its last dimension, or, too, labels below 0 count from the end.
+    ``smoothing`` is the share of the row's mean in it."""
+    return _record("picked", x, labels, how, smoothing)
 
 
 def repeated(x: Any, times: Any, dim: int) -> Any:

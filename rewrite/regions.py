@@ -36,8 +36,8 @@ class Site:
 class Plan:
     """The forwards to replace, in two steps.
 
-    ``first`` is always replaced. ``root``, then, where every inline block turns out to return a tensor like the one it was
-    given; ``instead``, where one does not. ``blocks`` are the paths of the blocks.
+    ``first`` is always replaced. ``root``, then, where every inline block turns out to return what Dynamo can be told of;
+    ``instead``, where one does not. ``blocks`` are the paths of the blocks.
     """
 
     first: list[Site]
@@ -52,6 +52,18 @@ def plan_sites(root: nn.Module, prefix: str = "") -> Plan:
     if not blocks:
         return Plan([Site(prefix, root, "region")])
     holders = _holders(root, blocks)
+    plan, chains = _plan(root, prefix, blocks, holders), _chains(holders, blocks)
+    if plan.root is not None or not chains:
+        return plan
+    through = _plan(root, prefix, blocks, {p: m for p, m in holders.items() if p not in chains})
+    if through.root is None:
+        return plan
+    done = {id(s.module) for s in through.first}
+    return Plan(through.first, through.root, tuple(s for s in plan.first if id(s.module) not in done), through.blocks)
+
+
+def _plan(root: nn.Module, prefix: str, blocks: dict[str, nn.Module], holders: dict[str, nn.Module]) -> Plan:
+    """The plan where ``holders`` call what they hold."""
     direct = _direct(holders, blocks)
     inline = {p for p in blocks if next(a for a in _ancestors(p) if a in holders) == ""}
     sites = [Site(_join(prefix, p), m, "inline" if p in inline else "region", True) for p, m in blocks.items()]
@@ -63,6 +75,19 @@ def plan_sites(root: nn.Module, prefix: str = "") -> Plan:
     if "" not in direct:
         return Plan(_once([*sites, *inner, *opaque, top]), blocks=names)
     return Plan(_once([*sites, *inner, *opaque]), top, tuple(sides.get("", ())), names)
+
+
+def _chains(holders: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> set[str]:
+    """The ``nn.Sequential`` among the holders that end in something that is no block, such as the head: what it computes goes to
+    whoever called them, so that one graph should have both."""
+    found = set[str]()
+    for path, module in holders.items():
+        names = [name for name, _ in module.named_children()]
+        plain = path and type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
+        ends = names and _join(path, names[-1])
+        if plain and ends not in blocks and any(_join(path, n) in blocks for n in names):
+            found.add(path)
+    return found
 
 
 def find_blocks(root: nn.Module) -> dict[str, nn.Module]:

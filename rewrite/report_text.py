@@ -155,5 +155,14 @@ def why_not(report: RewriteReport, path: str) -> str:
     held = [r for r in report.regions if any(path == p or path.startswith(p + ".") or not p for p in r.paths)]
     if not held:
         return f"{path!r} was in no captured graph: the example inputs did not reach it, or no module has this path"
+    around = sorted(
+        {r.rule for r in report.rewrites if f"{path}.".startswith(f"{r.module_path}.") or not r.module_path}
+    )
+    read = (f"{p}.{name}".lstrip(".") for r in held for p in r.paths for name in r.parameters)
+    if around and any(name.startswith(f"{path}.") for name in read):
+        return f"{path!r} is read by what was rewritten around it: {', '.join(around)}"
     notes = "; ".join(dict.fromkeys(r.note for r in held if r.note))
-    return f"{path!r} was captured and no rule found anything like its pattern there" + (f" ({notes})" if notes else "")
+    text = f"{path!r} was captured and no rule found anything like its pattern there" + (f" ({notes})" if notes else "")
+    if path and any(path in r.paths for r in held):
+        text += "; it has a graph of its own: what is made of its result is in another, and no rewrite spans two"
+    return text

@@ -25,7 +25,16 @@ LINEARS = {
     "@": lambda x, w, b: x @ w.t(),
     "@ and bias": lambda x, w, b: torch.matmul(x, w.T) + b,
 }
-SCALED = {"not": lambda z: z, "times": lambda z: z * 0.5, "over": lambda z: z / 3.0}
+SCALED = {
+    "not": lambda z, s: z,
+    "times": lambda z, s: z * 0.5,
+    "over": lambda z, s: z / 3.0,
+    "times a tensor": lambda z, s: z * s,
+    "over a tensor": lambda z, s: z / s,
+    "times an exponential": lambda z, s: s.exp() * z,
+    "over a tensor and a number": lambda z, s: z / s * 0.5,
+    "over a tensor of one dimension": lambda z, s: z / s.view(1).clamp(min=0.1),
+}
 CAPPED = {
     "not": lambda z: z,
     "at 2": lambda z: torch.tanh(z / 2.0) * 2.0,
@@ -70,7 +79,7 @@ spellings = st.fixed_dictionaries(
         "widen": st.sampled_from(("not", "logits", "last")),
         "returned": st.sampled_from(("loss", "logits", "wide logits")),
         "rows": st.sampled_from((2, 2, 0)),
-        "grads": st.tuples(*[st.booleans()] * 3),
+        "grads": st.tuples(*[st.booleans()] * 4),
     }
 )
 
@@ -78,10 +87,10 @@ spellings = st.fixed_dictionaries(
 def spelt(s: dict[str, Any]) -> Any:
     """The function that ``s`` describes."""
 
-    def loss(x: Any, w: Any, b: Any, t: Any) -> Any:
+    def loss(x: Any, w: Any, b: Any, t: Any, scale: Any) -> Any:
         z = LINEARS[s["linear"]](x, w, b)
         z = z.float() if s["widen"] == "logits" else z
-        z = CAPPED[s["capped"]](SCALED[s["scaled"]](z))
+        z = CAPPED[s["capped"]](SCALED[s["scaled"]](z, scale))
         read, labels = SHIFTED[s["shifted"]](z, t)
         found = LOSSES[s["loss"]](read.float() if s["widen"] == "last" else read, labels)
         return {"loss": found, "logits": (found, z), "wide logits": (found, z.float())}[s["returned"]]
@@ -91,13 +100,14 @@ def spelt(s: dict[str, Any]) -> Any:
 
 def inputs_of(s: dict[str, Any]) -> dict[str, Any]:
     """Hidden states of two rows of three tokens (or of none), the head and the labels."""
-    gx, gw, gb = s["grads"]
+    gx, gw, gb, gs = s["grads"]
     labels = torch.tensor(LABELS[s["labels"]]).view(2, 3)[: s["rows"]]
     return {
         "x": normal(0, s["rows"], 3, HIDDEN, dtype=s["dtype"], grad=gx),
         "w": normal(1, CLASSES, HIDDEN, dtype=s["dtype"], grad=gw),
         "b": normal(2, CLASSES, dtype=s["dtype"], grad=gb),
         "t": labels,
+        "scale": torch.tensor(1.25, dtype=s["dtype"], requires_grad=gs),
     }
 
 
@@ -135,9 +145,12 @@ NEAR = {
     "weighted classes": lambda x, w, t, k: F.cross_entropy(F.linear(x, w).view(-1, CLASSES), t.view(-1), weight=k),
     "probabilities": lambda x, w, t, k: F.cross_entropy(F.linear(x, w)[0], torch.softmax(x @ w.t(), -1)[0].detach()),
     "scaled by a tensor": lambda x, w, t, k: F.cross_entropy((F.linear(x, w) * k).view(-1, CLASSES), t.view(-1)),
-    "classes in the middle, one loss a label": lambda x, w, t, k: F.cross_entropy(
-        F.linear(x, w).transpose(1, 2), t, reduction="none"
+    "scaled row by row": lambda x, w, t, k: F.cross_entropy((F.linear(x[0], w) * k[:3, None]), t[0]),
+    "scaled into more dimensions": lambda x, w, t, k: F.cross_entropy(
+        (F.linear(x[0], w) * k[:1].view(1, 1, 1, 1)).view(-1, CLASSES), t[0]
     ),
+    "scaled by the logits": lambda x, w, t, k: F.cross_entropy(((z := F.linear(x[0], w)) * z.mean()), t[0]),
+    "capped by a tensor": lambda x, w, t, k: F.cross_entropy(torch.tanh(F.linear(x[0], w) / k[0]) * k[0], t[0]),
     "rows and classes mixed": lambda x, w, t, k: F.cross_entropy(
         F.linear(x, w).view(-1, 5), t.repeat(2, 1).view(-1) % 5
     ),

@@ -55,6 +55,19 @@ DIFFERENCES = {
     "log probabilities, library's loss": lambda z, t: F.nll_loss(
         (z - z.logsumexp(-1).unsqueeze(-1)).view(-1, CLASSES), t.view(-1)
     ),
+    "smoothed": lambda z, t: averaged(0.9 * -at_labels(p := z.log_softmax(-1), t) + 0.1 * -p.mean(dim=-1), t),
+    "smoothed, kept": lambda z, t: (
+        -(0.9 * (p := F.log_softmax(z, -1)).gather(-1, t[..., None]) + 0.1 * p.mean(-1, keepdim=True)).mean()
+    ),
+    "smoothed by a sum": lambda z, t: averaged(
+        -at_labels(p := F.log_softmax(z.float(), -1), t) * (1 - 0.2) - p.sum(-1) * (0.2 / CLASSES), t
+    ),
+    "smoothed rows": lambda z, t: (
+        (p := z.view(-1, CLASSES).log_softmax(1)).mean(1) * -0.1 - 0.9 * p.gather(1, t.view(-1, 1)).squeeze(1)
+    ).mean(),
+    "smoothed difference": lambda z, t: averaged(
+        0.9 * (z.logsumexp(-1) - at_labels(z, t)) + 0.1 * -z.log_softmax(-1).mean(-1), t
+    ),
     "one-hot": lambda z, t: averaged(-(F.one_hot(t, CLASSES) * z.log_softmax(-1)).sum(-1), t),
     "one-hot numbers": lambda z, t: averaged(-(z.log_softmax(2) * F.one_hot(t, CLASSES).type_as(z)).sum(dim=2), t),
     "one-hot rows": lambda z, t: (
@@ -119,6 +132,11 @@ PICKED_NEAR = {
     "sum over tokens": lambda z, t: z.logsumexp(1)[:, :3] - at_labels(z, t),
     "broadcast": lambda z, t: z[0].logsumexp(-1, keepdim=True) - at_labels(z[0], t[0]),
     "log probabilities, broadcast": lambda z, t: at_labels((y := z[0, :, :3]) - y.logsumexp(-1), t[0]),
+    "smoothed too much": lambda z, t: 0.9 * at_labels(p := z.log_softmax(-1), t) + 0.2 * p.mean(-1),
+    "smoothed the other way": lambda z, t: 1.1 * at_labels(p := z.log_softmax(-1), t) - 0.1 * p.mean(-1),
+    "smoothed with logits": lambda z, t: 0.9 * at_labels(z.log_softmax(-1), t) + 0.1 * z.mean(-1),
+    "smoothed with the mean of all": lambda z, t: 0.9 * at_labels(p := z.log_softmax(-1), t) + 0.1 * p.mean(),
+    "smoothed with the next": lambda z, t: 0.9 * at_labels(p := z.log_softmax(-1), t) + 0.1 * p.mean(-1).roll(1, 1),
     "one-hot, smoothed": lambda z, t: ((F.one_hot(t, CLASSES) * 0.9 + 0.01) * z.log_softmax(-1)).sum(-1),
     "one-hot, summed over tokens": lambda z, t: (F.one_hot(t, CLASSES) * z.log_softmax(-1)).sum(1),
     "one-hot of fewer": lambda z, t: (F.one_hot(t, 3)[..., :1] * z.log_softmax(-1)).sum(-1),

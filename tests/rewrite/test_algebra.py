@@ -251,9 +251,28 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "over_rows": [
         (lambda x: F.log_softmax(x.view(-1, 6), -1), lambda x: F.log_softmax(x.flatten(0, 1), dim=-1)),
         (
-            lambda x, t: F.cross_entropy(x.transpose(1, 2), t, reduction="sum"),
-            lambda x, t: F.cross_entropy(x.mT, t, reduction="sum"),
+            lambda x, t: F.nll_loss(F.log_softmax(x[:, 1:].flatten(0, 1), -1), t[:, 1:].flatten()),
+            lambda x, t: F.nll_loss(x.log_softmax(-1)[:, 1:].reshape(-1, 6), t[:, 1:].flatten()),
         ),
+        (lambda x: F.log_softmax(x[:, 1], -1), lambda x: x.view(2, 3, 6)[:, 1].log_softmax(1)),
+    ],
+    "over_rows_of_matrices": [
+        (
+            lambda x, t: F.cross_entropy(x.transpose(1, 2), t, reduction="sum"),
+            lambda x, t: F.cross_entropy(x.movedim(-1, 1), t, reduction="sum"),
+        ),
+        (
+            lambda x, t: F.cross_entropy(x.permute(1, 2, 0), t.t()),
+            lambda x, t: F.cross_entropy(torch.moveaxis(x, (2, 0), (1, -1)), t.t()),
+        ),
+        (
+            lambda x, t: F.nll_loss(x.log_softmax(-1).mT, t),
+            lambda x, t: F.nll_loss(x.permute(0, 2, 1).log_softmax(1), t),
+        ),
+    ],
+    "probabilities_permuted": [
+        (lambda x: x.transpose(0, 1).log_softmax(-1).view(6, 6), lambda x: x.log_softmax(-1).permute(1, 0, 2).reshape(6, 6)),
+        (lambda x: x.mT.log_softmax(1), lambda x: torch.log_softmax(x.permute(0, 2, 1), -2)),
     ],
     "number_at_a_label": [
         (
@@ -296,6 +315,16 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
             lambda x, k: x.view(6, 6).log_softmax(-1).gather(1, k.view(6, 1)),
         ),
     ],
+    "smoothed": [
+        (
+            lambda x, k: 0.9 * -x.log_softmax(-1).gather(-1, k).squeeze(-1) + 0.1 * -x.log_softmax(-1).mean(-1),
+            lambda x, k: (p := x.log_softmax(-1)).mean(-1) * -0.1 - p.gather(-1, k)[..., 0] * 0.9,
+        ),
+        (
+            lambda x, k: 0.75 * (p := x.log_softmax(-1)).gather(-1, k) + p.sum(-1, keepdim=True) * 0.25 / 6,
+            lambda x, k: (p := x.log_softmax(-1)).mean(-1, True) / 4 + p.gather(-1, k) * 0.75,
+        ),
+    ],
     "rows_of_log_probabilities": [
         (lambda x: F.log_softmax(x, -1).reshape(-1, 6), lambda x: F.log_softmax(x.view(-1, 6), -1)),
     ],
@@ -336,6 +365,13 @@ class _Valued(fx.Interpreter):
         return self.values[n]
 
 
+def rows_chosen(x: Tensor, steps: tuple[Any, ...]) -> Tensor:
+    """What ``steps`` choose of x, as rows."""
+    for name, *arguments in steps:
+        x = x[arguments[0]] if name in ("getitem", "other") else getattr(x, name)(*arguments)
+    return x.flatten(0, -2)
+
+
 MEANINGS: dict[str, Callable[..., Any]] = {
     "add": torch.add, "sub": torch.sub, "mul": torch.mul, "neg": torch.neg, "square": torch.square,
     "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": lambda x: 1 / x, "clamp_min": torch.clamp_min,
@@ -351,9 +387,10 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "as_complex": lambda x: torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()),
     "from_complex": lambda z: torch.view_as_real(z).flatten(-2),
     "cat": torch.cat, "stack": torch.stack, "roll": torch.roll,
-    "rows": lambda x: x.flatten(0, -2),
-    "picked": lambda x, index, how: (
-        x.gather(-1, index.reshape(-1, 1) % x.shape[-1]).view(index.shape[:-1] if how == "squeezed" else index.shape)
+    "rows": rows_chosen, "permuted": torch.permute,
+    "picked": lambda x, index, how, smoothing: (
+        ((1 - smoothing) * x.gather(-1, index.reshape(-1, 1) % x.shape[-1]) + smoothing * x.mean(-1, keepdim=True))
+        .view(index.shape[:-1] if how == "squeezed" else index.shape)
     ),
     "cast": lambda x, dtype: x.to(dtype),
     "log_softmax": lambda x, dim, *_: torch.log_softmax(x, dim),
@@ -507,10 +544,23 @@ NEAR: dict[str, Callable[..., Any]] = {
         + (y.logsumexp(-1) - x.gather(-1, k)[..., 0])[..., None] + torch.sub(x, x.logsumexp(-1, True), alpha=2)
         + (x.view(6, 6) - x.view(6, 6).logsumexp(-1)).sum() + (x[0].logsumexp(-1, True) - x[0].gather(-1, k[0])[:, 0]).sum()
     ),
+    "smoothed otherwise": lambda x, y, k: (
+        0.9 * (p := x.log_softmax(-1)).gather(-1, k)[..., 0] + 0.2 * p.mean(-1) + 1.1 * p.gather(-1, k)[..., 0] - 0.1 * p.mean(-1)
+        + (0.9 * p.gather(-1, k)[..., 0] + 0.1 * y.log_softmax(-1).mean(-1)) + (0.9 * p.gather(-1, k)[..., 0] + 0.1 * x.mean(-1))
+        + (0.9 * p.gather(-1, k) + 0.1 * p.mean(-1)[:, :1, None])[..., 0] + (0.9 * p.gather(-1, k)[..., 0] - 0.1 * p.mean(-1))
+        + (0.9 * x.gather(-1, k)[..., 0] + 0.1 * x.mean(-1)) + (0.9 * p.gather(-1, k)[..., 0] + 0.1 * p.sum(-1))
+        + (0.5 * (0.9 * p.gather(-1, k)[..., 0] + 0.1 * p.mean(-1)) + 0.5 * p.mean(-1))
+        + (0.9 * p.gather(-1, k)[..., 0] + 0.1 * p.mean())
+    ),
     "merged updates of the other sign": lambda x, s, p, q: F.linear(x, q @ p - s) + F.linear(x, s + s[:, :1] * (q @ p)),
     "clamped on both sides": lambda x: x.clamp(-0.5, 0.5) + x.clamp(max=0.1),
     "other powers": lambda x: x**3 + 2.0**x + x.pow(0),
     "a transpose of leading dimensions": lambda x: x.transpose(0, 1).transpose(0, 2),
+    "log probabilities permuted otherwise": lambda x: (
+        x.mT.log_softmax(-1).sum() + x.mT.log_softmax(1).reshape(6, 6) + x.log_softmax(-1).mT.reshape(6, 6)
+        + x.transpose(0, 1).log_softmax(0).view(6, 6) + x.log_softmax(-1)[:, [2, 0]].sum() + x.log_softmax(-1)[[1, 0]].view(6, 6)
+        + x.log_softmax(-1)[1, [2, 0]].sum() + x.permute(1, 2, 0)[:, :, 0].log_softmax(-1).sum()
+    ),
     "a permutation": lambda x: x.permute(1, 0, 2) @ x.permute(1, 2, 0),
     "parts of leading dimensions": lambda x: x[:1] + x[1:] * x[:, 1:2] + x[0],
     "chunks of another dimension": lambda x: x.chunk(3, 1)[2] - x.split(1, 1)[0],

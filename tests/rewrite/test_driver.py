@@ -10,6 +10,8 @@ import torch
 from hypothesis import given
 from torch import Tensor
 
+from weft.rewrite.pipeline import Rules
+
 from ..graphs import apply, assert_equal, cases, check, copied, here, normal, operations, record, targets, trace
 from ..programs import function_of, inputs, programs
 from .toy import FuseScaledSum, FuseSine, FuseSineKeepingTheSquare
@@ -135,8 +137,6 @@ def test_an_input_overwritten_in_between(write: Callable[[Any, Any], Any]) -> No
 
     module = trace(function, {"x": normal(0, 3, 4), "y": normal(1, 3, 4)})
     original = copied(module)
-    from weft.rewrite.pipeline import Rules
-
     outcome = Rules("rules", tuple(RULES)).run(module, None)  # as captured: functionalization would turn it into copies
     module.recompile()
     assert not outcome.rewrites and "overwrites a value in place" in outcome.refusals[0].reason

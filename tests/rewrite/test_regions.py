@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import torch
@@ -178,3 +179,57 @@ def test_values_that_share_parts_are_named_in_a_word() -> None:
     miss = Miss()
     assert not list(find(pattern, root, miss))
     assert 0 < len(miss.reason) < 100
+
+
+class Chain(nn.Module):
+    """Embedding, blocks and head in one ``nn.Sequential``, and the loss around it."""
+
+    def __init__(self, *last: nn.Module, kind: Any = Mlp) -> None:
+        super().__init__()
+        self.chain, self.last = nn.Sequential(nn.Embedding(11, 8), kind(), kind(), *last), nn.Linear(8, 11)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        found = self.chain(ids)
+        found = self.last(found) if found.shape[-1] == 8 else found
+        return F.cross_entropy(found.flatten(0, 1), ids.flatten()[: found[..., 0].numel()])
+
+
+class Growing(Mlp):
+    """Its result is longer than its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat((super().forward(x), x[:, :1]), 1)
+
+
+def test_a_head_at_the_end_of_a_chain_is_in_one_graph_with_the_loss() -> None:
+    ids = torch.arange(14).view(2, 7) % 11
+    for last, graphs in (([nn.Linear(8, 11)], 1), ([Norm(8), nn.Linear(8, 11)], 1), ([], 3)):
+        model: Any = Chain(*last)
+        plain = copy.deepcopy(model)
+        weft.optimize(model, mode="train", example_inputs={"ids": ids})
+        rules = [r.rule for r in model.rewrite_report.rewrites]
+        assert rules.count("linear_cross_entropy") == 1 and rules.count("rms_norm") == 2 + (len(last) == 2)
+        assert len({p for r in model.rewrite_report.regions for p in r.paths if "chain.1" not in r.paths}) <= graphs
+        for length in (7, 4):
+            torch.testing.assert_close(model(ids[:, :length]), plain(ids[:, :length]))
+        assert "read by what was rewritten around it: linear_cross_entropy" in model.rewrite_report.why_not(
+            f"chain.{2 + len(last)}" if last else "last"
+        )
+
+
+def test_a_chain_whose_blocks_cannot_be_calls_in_a_graph_is_cut_as_ever() -> None:
+    ids = torch.arange(14).view(2, 7) % 11
+    model: Any = Chain(Norm(8), kind=Growing)
+    model.forward = lambda ids: F.cross_entropy(model.last(model.chain(ids))[:, :7].flatten(0, 1), ids.flatten())
+    weft.optimize(model, mode="train", example_inputs={"ids": ids})
+    rules = [r.rule for r in model.rewrite_report.rewrites]
+    assert rules.count("rms_norm") == 3 and rules.count("linear_cross_entropy") == 1, str(model.rewrite_report)
+
+
+def test_what_has_a_graph_of_its_own_is_said_to_have_one() -> None:
+    model: Any = Chain(nn.Linear(8, 11), kind=Growing)
+    ids = torch.arange(14).view(2, 7) % 11
+    model.forward = lambda ids: F.cross_entropy(model.chain(ids)[:, :7].flatten(0, 1), ids.flatten())
+    weft.optimize(model, mode="train", example_inputs={"ids": ids})
+    assert "linear_cross_entropy" not in [r.rule for r in model.rewrite_report.rewrites]
+    assert "no rewrite spans two" in model.rewrite_report.why_not("chain.3")
