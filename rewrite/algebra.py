@@ -8,6 +8,7 @@ from torch import fx
 
 from . import (
     algebra_arithmetic,
+    algebra_broadcasts,
     algebra_exponentials,
     algebra_losses,
     algebra_masks,
@@ -19,8 +20,8 @@ from .equation import REGISTERED, Equation, Site
 from .expr import Expr, View
 
 THEMES = (
-    algebra_losses, algebra_masks, algebra_reductions, algebra_exponentials, algebra_arithmetic, algebra_shapes,
-    algebra_products,
+    algebra_broadcasts, algebra_losses, algebra_masks, algebra_reductions, algebra_exponentials, algebra_arithmetic,
+    algebra_shapes, algebra_products,
 )  # fmt: skip
 """In this order, and within one from top to bottom, equations of one operation are tried."""
 

@@ -52,6 +52,7 @@ AFFINE = {
     "1 + w, b": lambda y, w, b: y * (w + 1.0) + b,
     "addcmul": lambda y, w, b: torch.addcmul(b, y, w),
     "in place": lambda y, w, b: (y * w).add_(b),
+    "rows": lambda y, w, b: y * w.view(1, 1, -1) + b[None, None],
 }
 
 

@@ -63,6 +63,9 @@ WEIGHTS = {
     "1 + w": lambda w: 1 + w,
     "w + 1.0": lambda w: w + 1.0,
     "1 + w in float32": lambda w: 1.0 + w.float(),
+    "a row": lambda w: w.view(1, 1, -1),
+    "a row in float32": lambda w: w[None, None, :].float(),
+    "1 + w, a row": lambda w: 1 + w.unsqueeze(0).unsqueeze(0),
 }
 ORDERS = {
     "(x r) w": lambda x, r, w, back: back(x * r) * w,
@@ -70,6 +73,8 @@ ORDERS = {
     "cast last": lambda x, r, w, back: back(x * r * w),
     "x (r w)": lambda x, r, w, back: back(x * (r * w)),
     "(x w) r": lambda x, r, w, back: back((w * x) * r),
+    "expanded": lambda x, r, w, back: back(x * r.expand_as(x)) * w.expand_as(x),
+    "broadcast_to": lambda x, r, w, back: w * back(torch.broadcast_to(r, x.shape) * x),
     "in place": lambda x, r, w, back: back((x * r) * 1.0).mul_(w),
 }
 MORE = ("nothing", "square", "mean", "factor", "wide")

@@ -26,6 +26,15 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x, w, b: F.linear(x, w) + b, lambda x, w, b: F.linear(x, w, b)),
         (lambda x, w, b: b + x @ w.T, lambda x, w, b: F.linear(x, w, b)),
     ],
+    "broadcast_by_hand": [
+        (lambda x: x[0, 0].view(1, 1, -1) * x, lambda x: x[0, 0] * x),
+        (lambda x: x + x[0, 0][None, None, :] * 3, lambda x: x + x[0, 0] * 3),
+        (lambda x: x - (1 + x[0, 0].unsqueeze(0).unsqueeze(0)), lambda x: x - (1 + x[0, 0])),
+        (lambda m, w, b: F.linear(m, w) + b[None], lambda m, w, b: F.linear(m, w, b)),
+        (lambda x, y: x * x.sum(-1, True).expand_as(y), lambda x, y: x * x.sum(-1, True)),
+        (lambda x, y: x * y[:1].expand(2, -1, -1).float(), lambda x, y: x * y[:1].float()),
+        (lambda x, y: y[0].broadcast_to(2, 3, 6) + x, lambda x, y: y[0] + x),
+    ],
     "negative_addend": [
         (lambda x, y: x + (-y), lambda x, y: x - y),
         (lambda x, y: x - (-y), lambda x, y: x + y),
@@ -460,6 +469,12 @@ def test_pairs_as_complex_numbers_and_back() -> None:
 
 NEAR: dict[str, Callable[..., Any]] = {
     "a bias for each row": lambda m, w: F.linear(m, w) + m[:, :1],
+    "broadcasts that make the result larger": lambda x: (
+        x[:1] * x[:, :1].expand_as(x) + x[0, 0].view(1, 1, -1) * x[0, :1, 0] + x[0, 0][None] * x[0, :1, 0]
+    ),
+    "rows of other numbers": lambda x, k: (
+        x * x[0, :, :2].reshape(1, 6) + x * x[0, :, 0].view(1, -1, 1) + (x[..., :3] * x[0, 0][k[:1].mT]).sum()
+    ),
     "a scaled bias": lambda m, w, b: torch.add(F.linear(m, w), b, alpha=2),
     "a bias of another size": lambda m, w: F.linear(m, w[:1]) + w[:, 0],
     "a merged update of full rank": lambda x, s, w, v: F.linear(x, s + w @ v @ w),
