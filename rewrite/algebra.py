@@ -12,6 +12,7 @@ from . import (
     algebra_exponentials,
     algebra_losses,
     algebra_masks,
+    algebra_norms,
     algebra_products,
     algebra_reductions,
     algebra_shapes,
@@ -20,8 +21,8 @@ from .equation import REGISTERED, Equation, Site
 from .expr import Expr, View
 
 THEMES = (
-    algebra_broadcasts, algebra_losses, algebra_masks, algebra_reductions, algebra_exponentials, algebra_arithmetic,
-    algebra_shapes, algebra_products,
+    algebra_broadcasts, algebra_losses, algebra_masks, algebra_reductions, algebra_norms, algebra_exponentials,
+    algebra_arithmetic, algebra_shapes, algebra_products,
 )  # fmt: skip
 """In this order, and within one from top to bottom, equations of one operation are tried."""
 

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from .algebra_reductions import summed
 from .equation import Site, equation, from_the_end, is_number, numeric_factor, op_of, same
 from .expr import Expr, View, last_size, rank
-from .graph import sizes
+from .graph import dtype_of, sizes
 
 
 @equation("add")
@@ -115,6 +117,15 @@ def square_of_a_root(v: View, at: Site, x: Any) -> Expr | None:
     if root is None or total is None or op_of(total.args[0], "square") is None:
         return None
     return root.args[0] if c is None else v.make("mul", root.args[0], c * c, node=at.node)
+
+
+@equation("square")
+def square_of_a_magnitude(v: View, at: Site, x: Any) -> Expr | None:
+    """|x|² = (−x)² = x²  of real numbers"""
+    inner = op_of(x, "abs", "neg")
+    z = inner.args[0] if inner else None
+    complex_or_unknown = not isinstance(z, Expr) or z.node is None or (dtype_of(z.node) or torch.complex64).is_complex
+    return None if complex_or_unknown else v.make("square", z, node=at.node)
 
 
 @equation("div")

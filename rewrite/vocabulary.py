@@ -57,11 +57,14 @@ var_mean(x, dim=None, unbiased=None, keepdim=False, correction=None)         |
 std_mean(x, dim=None, unbiased=None, keepdim=False, correction=None)         |
 norm(x, p=2, dim=None, keepdim=False, out=None, dtype=None)                  |
 vector_norm(x, ord=2, dim=None, keepdim=False, dtype=None, out=None)         | linalg_vector_norm
+vecdot(x, y, dim=-1, out=None)                                               | linalg_vecdot
 normalize(x, p=2.0, dim=1, eps=1e-12, out=None)                              |
 softmax(x, dim=None, _stacklevel=3, dtype=None)                              |
 scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) |
 rms_norm(x, normalized_shape, weight=None, eps=None)                         |
 layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-05, cudnn_enable=True) |
+native_layer_norm(x, normalized_shape, weight, bias, eps)                    |
+group_norm(x, num_groups, weight=None, bias=None, eps=1e-05, cudnn_enabled=True) |
 linear(x, weight, bias=None)                                                 |
 matmul(x, y)                                                                 | mm bmm __matmul__
 tensordot(x, y, dims=2, out=None)                                            |

@@ -60,6 +60,37 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x: 1 - x, lambda x: torch.rsub(x, 1)),
     ],
     "square_of_itself": [(lambda x: x * x, lambda x: x**2), (lambda x: x * x.double(), lambda x: torch.square(x))],
+    "square_of_a_magnitude": [
+        (lambda x: x.abs() ** 2, lambda x: x * x),
+        (lambda x, y: (y - x.double()).neg().square(), lambda x, y: (y - x) ** 2),
+    ],
+    "dot_product": [
+        (lambda x, y: torch.linalg.vecdot(x, y), lambda x, y: (x * y).sum(-1)),
+        (lambda x: torch.linalg.vecdot(x, x, dim=2).unsqueeze(-1), lambda x: (x * x).sum(-1, True)),
+    ],
+    "normalized_of_three": [
+        (
+            lambda x, y: torch.native_layer_norm(x, (6,), y[0, 0], None, 1e-3)[0],
+            lambda x, y: F.layer_norm(x, (6,), y[0, 0], None, 1e-3),
+        )
+    ],
+    "one_group": [
+        (lambda m: F.group_norm(m, 1), lambda m: F.layer_norm(m, (6,))),
+        (lambda m: F.group_norm(m, 1, m[0], m[1], 1e-3), lambda m: F.layer_norm(m, (6,), m[0], m[1], 1e-3)),
+    ],
+    "mean_taken_off_last": [
+        (
+            lambda x, y: x * (x.abs().rsqrt() * y) + (y - x.mean(-1, True) * y * x.abs().rsqrt()),
+            lambda x, y: (x - x.mean(-1, True)) * x.abs().rsqrt() * y + y,
+        ),
+    ],
+    "scaled_mean_taken_off": [
+        (lambda x, y: x * y - y * x.mean(-1, keepdim=True), lambda x, y: (x - x.mean(-1, True)) * y),
+        (
+            lambda x, y: y + x * y - x.double().mean(-1, keepdim=True) * y,
+            lambda x, y: (x - x.mean(-1, True)) * y + y,
+        ),
+    ],
     "root_of_a_mean": [(lambda x: (x * x).sum(-1, True).sqrt() * 6**-0.5, lambda x: (x * x).mean(-1, True).sqrt())],
     "negative_operand": [(lambda x, w: F.linear(-x, w), lambda x, w: -F.linear(x, w))],
     "joined_operands": [
@@ -475,6 +506,14 @@ NEAR: dict[str, Callable[..., Any]] = {
     "rows of other numbers": lambda x, k: (
         x * x[0, :, :2].reshape(1, 6) + x * x[0, :, 0].view(1, -1, 1) + (x[..., :3] * x[0, 0][k[:1].mT]).sum()
     ),
+    "other means taken off": lambda x, y: (
+        (x * y - x.mean(-1, True) * x) + (x * y - y * x.mean(1, True)) + (x * y + (y - y.mean(-1, True) * y))
+        + torch.sub(x * y, y * x.mean(-1, True), alpha=2) + (x * y - 2 * y * x.mean(-1, True)) + (x - x.mean(-1, True))
+    ),
+    "groups of others": lambda x, m: F.group_norm(x.mT, 1).sum() + F.group_norm(m, 2) + F.group_norm(m[..., None], 1)[..., 0],
+    "moments of a norm": lambda x: torch.native_layer_norm(x, (6,), None, None, 1e-3)[1] + x,
+    "dot products over another dimension": lambda x, y: torch.linalg.vecdot(x, y, dim=1).sum() + torch.linalg.vecdot(x, y[0], dim=0),
+    "squares of complex magnitudes": lambda x, y: torch.complex(x, y).abs() ** 2 + torch.complex(x, y).neg().square().real,
     "a scaled bias": lambda m, w, b: torch.add(F.linear(m, w), b, alpha=2),
     "a bias of another size": lambda m, w: F.linear(m, w[:1]) + w[:, 0],
     "a merged update of full rank": lambda x, s, w, v: F.linear(x, s + w @ v @ w),
