@@ -7,6 +7,7 @@ from typing import Any
 from torch import fx
 
 from . import (
+    algebra_activations,
     algebra_arithmetic,
     algebra_broadcasts,
     algebra_exponentials,
@@ -22,7 +23,7 @@ from .expr import Expr, View
 
 THEMES = (
     algebra_broadcasts, algebra_losses, algebra_masks, algebra_reductions, algebra_norms, algebra_exponentials,
-    algebra_arithmetic, algebra_shapes, algebra_products,
+    algebra_activations, algebra_arithmetic, algebra_shapes, algebra_products,
 )  # fmt: skip
 """In this order, and within one from top to bottom, equations of one operation are tried."""
 

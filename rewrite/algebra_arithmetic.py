@@ -35,10 +35,10 @@ def negative_addend(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr |
     """x + (−y) = x − y;  x + y·(−z) = x − y·z;  x − (−y) = x + y"""
     if alpha != 1:
         return None
-    positive = _negated(v, y)
+    positive = negated(v, y)
     if positive is not None:
         return v.make("sub" if at.op == "add" else "add", x, positive, node=at.node)
-    positive = _negated(v, x) if at.op == "add" else None
+    positive = negated(v, x) if at.op == "add" else None
     return v.make("sub", y, positive, node=at.node) if positive is not None else None
 
 
@@ -51,7 +51,7 @@ def negative_product(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     return None
 
 
-def _negated(v: View, x: Any) -> Expr | None:
+def negated(v: View, x: Any) -> Expr | None:
     """What ``x`` is the negative of, if it is a negative or a product with one."""
     inner = op_of(x, "neg", "mul")
     if inner is None or inner.op == "neg":
@@ -156,11 +156,13 @@ def reciprocal_of_a_root(v: View, at: Site, x: Any) -> Expr | None:
 
 @equation("pow")
 def powers(v: View, at: Site, x: Any, y: Any) -> Expr | None:
-    """x^2, x^½, x^−½, x^−1"""
+    """x^2, x^½, x^−½, x^−1;  x^3 = x^3.0"""
     if not is_number(y) or is_number(x):
         return None
     name = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}.get(float(y))
-    return v.make(name, x, node=at.node) if name else None
+    if name is None:
+        return v.intern("pow", (x, 3.0), at.node) if y == 3 else None
+    return v.make(name, x, node=at.node)
 
 
 @equation("clamp")

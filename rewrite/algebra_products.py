@@ -123,11 +123,13 @@ def tensor_product(v: View, at: Site, x: Any, y: Any, dims: Any = 2, out: Any = 
 
 @equation("einsum")
 def summed_products(v: View, at: Site, equation: Any, operands: Any) -> Expr | None:
-    """…k, ok → …o is a linear;  …k, ko → …o one of a weight by columns;  …k, …k → … is Σ x·y"""
+    """…k, ok → …o is a linear;  …k, ko → …o one of a weight by columns;  …k, …k → … is Σ x·y;  …, … → … is x·y"""
     terms = _terms(equation) if len(operands) == 2 else None
     if terms is None or not all(isinstance(x, Expr) for x in operands):
         return None
     (x, y), (first, second, result) = operands, terms
+    if first == second == result and len(set(first)) == len(first):
+        return v.make("mul", x, y, node=at.node)
     lead, k = first[:-1], first[-1:]
     if first == second and result == lead and k not in lead:
         return v.make("sum", v.make("mul", x, y), -1, False, None, node=at.node)

@@ -60,6 +60,31 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x: 1 - x, lambda x: torch.rsub(x, 1)),
     ],
     "square_of_itself": [(lambda x: x * x, lambda x: x**2), (lambda x: x * x.double(), lambda x: torch.square(x))],
+    "complement_of_an_error": [(lambda x: torch.erfc(x), lambda x: 1 - torch.special.erf(x))],
+    "normal_distribution": [(lambda x: torch.special.ndtr(x), lambda x: (torch.erf(x * 0.5**0.5) + 1) * 0.5)],
+    "error_of_a_negative": [
+        (lambda x: torch.special.erfc(-x), lambda x: 1 + torch.erf(x)),
+        (lambda x: torch.erf(x * -0.5), lambda x: -torch.erf(x / 2)),
+        (lambda x: torch.erf(-x / 2), lambda x: -torch.erf(x / 2)),
+    ],
+    "factor_of_a_curve": [
+        (lambda x, y: x * (0.5 * (1 + torch.erf(y))), lambda x, y: (x * 0.5) * (1 + torch.erf(y))),
+        (lambda x, y: (1 + torch.tanh(y)) * 0.5 * x, lambda x, y: (x * 0.5) * (1 + torch.tanh(y))),
+        (lambda x, y: x * (1 + torch.erf(y)) / 2, lambda x, y: (x * 0.5) * (1 + torch.erf(y))),
+    ],
+    "curve_of_a_half": [
+        (lambda x, y: x / 2 + x / 2 * torch.tanh(y), lambda x, y: x / 2 * (torch.tanh(y) + 1)),
+        (lambda x, y: torch.addcmul(x / 2, torch.erf(y), x / 2), lambda x, y: x / 2 * (torch.erf(y) + 1)),
+    ],
+    "cube": [
+        (lambda x: x * x * x, lambda x: x**3),
+        (lambda x: 0.5 * x * x * x, lambda x: x.pow(3) * 0.5),
+        (lambda x: 0.5 * x * x, lambda x: x.square() * 0.5),
+    ],
+    "factored_cubic": [
+        (lambda x: x * 3 * (1 + 0.5 * x * x), lambda x: (x + x**3 * 0.5) * 3),
+        (lambda x: (0.5 * x * x + 1) * x, lambda x: x + x**3 * 0.5),
+    ],
     "square_of_a_magnitude": [
         (lambda x: x.abs() ** 2, lambda x: x * x),
         (lambda x, y: (y - x.double()).neg().square(), lambda x, y: (y - x) ** 2),
@@ -277,6 +302,7 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x, w: torch.einsum("bti,oi->bto", x, w), lambda x, w: F.linear(x, w)),
         (lambda x, v: torch.einsum("...i, io -> ...o", x, v), lambda x, v: x @ v),
         (lambda x, y: torch.einsum("...d,...d->...", x, y), lambda x, y: (x * y).sum(-1)),
+        (lambda x, y: torch.einsum("btd,btd->btd", x, y), lambda x, y: x * y),
     ],
     "functional": [(lambda x: F.silu(x.clone(), inplace=False), lambda x: F.silu(x))],
     "sigmoid_times_itself": [(lambda x: x * torch.sigmoid(x), lambda x: F.silu(x)), (lambda x: x.sigmoid() * x, F.silu)],
@@ -381,6 +407,7 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": lambda x: 1 / x, "clamp_min": torch.clamp_min,
     "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y, "chosen": torch.where, "logsumexp": torch.logsumexp,
     "relu": torch.relu, "silu": F.silu, "linear": F.linear, "sigmoid": torch.sigmoid,
+    "erf": torch.erf, "tanh": torch.tanh, "pow": torch.pow,
     "maximum": lambda x, y: torch.maximum(x, torch.as_tensor(y, dtype=x.dtype)),
     "transposed": lambda x: x.transpose(-1, -2),
     "mean": lambda x, dim=None, keepdim=False, *_: x.mean() if dim is None else x.mean(dim, keepdim),
@@ -506,13 +533,24 @@ NEAR: dict[str, Callable[..., Any]] = {
     "rows of other numbers": lambda x, k: (
         x * x[0, :, :2].reshape(1, 6) + x * x[0, :, 0].view(1, -1, 1) + (x[..., :3] * x[0, 0][k[:1].mT]).sum()
     ),
+    "no curves": lambda x, y: (
+        x * (0.5 * (2 + torch.erf(y))) + x * (y * (1 + torch.erf(y))) + (x + y * torch.tanh(x)) + (x / 2 + x * torch.erf(y))
+        + (1 + torch.erf(x)) * ((1 + torch.erf(y)) * 0.5) + 0.5 * ((1 + torch.tanh(x)) * (1 + torch.erf(x)))
+        + (0.5 * (1 + torch.tanh(x))) * (1 + torch.tanh(x)) + (x - x / 2 * torch.erf(y))
+    ),
+    "other cubics": lambda x, y: (
+        x * x * y + (0.5 * x * y) * x + x * (2 + 0.5 * x * x) + y * (1 + 0.5 * x * x) + x * (1 + x * x) + (x * x) * (x * x)
+    ),
+    "products of diagonals": lambda x: torch.einsum("tt,tt->t", x[0, :, :3], x[1, :, :3]),
     "other means taken off": lambda x, y: (
         (x * y - x.mean(-1, True) * x) + (x * y - y * x.mean(1, True)) + (x * y + (y - y.mean(-1, True) * y))
         + torch.sub(x * y, y * x.mean(-1, True), alpha=2) + (x * y - 2 * y * x.mean(-1, True)) + (x - x.mean(-1, True))
     ),
     "groups of others": lambda x, m: F.group_norm(x.mT, 1).sum() + F.group_norm(m, 2) + F.group_norm(m[..., None], 1)[..., 0],
     "moments of a norm": lambda x: torch.native_layer_norm(x, (6,), None, None, 1e-3)[1] + x,
-    "dot products over another dimension": lambda x, y: torch.linalg.vecdot(x, y, dim=1).sum() + torch.linalg.vecdot(x, y[0], dim=0),
+    "dot products over another dimension": lambda x, y: (
+        torch.linalg.vecdot(x, y, dim=1).sum() + torch.linalg.vecdot(x, y[0], dim=0)
+    ),
     "squares of complex magnitudes": lambda x, y: torch.complex(x, y).abs() ** 2 + torch.complex(x, y).neg().square().real,
     "a scaled bias": lambda m, w, b: torch.add(F.linear(m, w), b, alpha=2),
     "a bias of another size": lambda m, w: F.linear(m, w[:1]) + w[:, 0],
