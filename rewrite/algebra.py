@@ -10,10 +10,12 @@ from . import (
     algebra_activations,
     algebra_arithmetic,
     algebra_broadcasts,
+    algebra_complex,
     algebra_exponentials,
     algebra_losses,
     algebra_masks,
     algebra_norms,
+    algebra_parts,
     algebra_products,
     algebra_reductions,
     algebra_shapes,
@@ -23,7 +25,7 @@ from .expr import Expr, View
 
 THEMES = (
     algebra_broadcasts, algebra_losses, algebra_masks, algebra_reductions, algebra_norms, algebra_exponentials,
-    algebra_activations, algebra_arithmetic, algebra_shapes, algebra_products,
+    algebra_activations, algebra_arithmetic, algebra_parts, algebra_complex, algebra_shapes, algebra_products,
 )  # fmt: skip
 """In this order, and within one from top to bottom, equations of one operation are tried."""
 

@@ -76,6 +76,8 @@ einsum(equation, *operands)                                                  |
 t(x)                                                                         | numpy_T
 transpose(x, dim0, dim1)                                                     | swapaxes swapdims
 permute(x, *dims)                                                            |
+movedim(x, source, destination)                                              | moveaxis
+flip(x, *dims)                                                               |
 view(x, *shape)                                                              | reshape
 flatten(x, start_dim=0, end_dim=-1)                                          |
 unflatten(x, dim, sizes)                                                     |

@@ -87,6 +87,8 @@ PACKED = {
     "narrow": lambda x: (x.narrow(-1, 0, SIZE), x.narrow(-1, SIZE, SIZE)),
     "pairs": lambda x: (x[..., ::2], x[..., 1::2]),
     "unflatten": lambda x: tuple(x.unflatten(-1, (SIZE, 2))[..., i] for i in range(2)),
+    "unflatten, rows": lambda x: tuple(x.unflatten(-1, (2, SIZE)).unbind(-2)[i] for i in range(2)),
+    "unflatten, in front": lambda x: tuple(x.unflatten(-1, (2, SIZE)).movedim(-2, 0)[i] for i in range(2)),
 }
 
 spellings = st.fixed_dictionaries(

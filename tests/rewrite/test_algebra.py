@@ -21,6 +21,13 @@ from ..programs import function_of, inputs, programs
 
 SQUARES = (lambda x: (x * x).sum(-1, keepdim=True), lambda x: x.pow(2).mean(-1, keepdim=True))
 
+
+def columns_of(z: Any) -> tuple[Any, Any]:
+    """Real and imaginary parts, each with a dimension of size 1 behind."""
+    pairs = torch.view_as_real(z)
+    return pairs.split(1, -1)[0], pairs[..., 1:]
+
+
 EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "bias_added": [
         (lambda x, w, b: F.linear(x, w) + b, lambda x, w, b: F.linear(x, w, b)),
@@ -245,6 +252,7 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "reshaped": [
         (lambda x: x.view(2, 3, 6), lambda x: x.contiguous()),
         (lambda x, y: torch.stack((x, y), -1).flatten(-2), lambda x, y: torch.stack((x, y), 3).view(2, 3, 12)),
+        (lambda x, y: torch.stack((x, y, x), -2).flatten(-2), lambda x, y: torch.cat((x, y, x), -1)),
     ],
     "indexed": [
         (lambda x: x[..., :3], lambda x: x.chunk(2, -1)[0]),
@@ -252,8 +260,47 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x: x[..., 1::2], lambda x: x.view(2, 3, 3, 2)[..., 1]),
         (lambda x: x[..., 2:5], lambda x: x.split([2, 3, 1], -1)[1]),
         (lambda x: x.view(2, 3, 3, 2).unbind(-1)[0], lambda x: x[..., ::2]),
+        (lambda x: x.view(2, 3, 2, 3)[..., 1, :], lambda x: x[..., 3:]),
+        (lambda x: x.unflatten(-1, (3, 2))[:, :, -1, :], lambda x: x[..., 4:]),
+        (lambda x: x.unflatten(-1, (2, 3)).unbind(-2)[0], lambda x: x.chunk(2, -1)[0]),
+        (lambda x: x.view(2, 3, 2, 3)[..., 1], lambda x: x[..., 1::3]),
+        (lambda x: x.view(2, 3, 2, 3).movedim(-2, 0)[1], lambda x: x[..., 3:]),
+        (lambda x: x.view(2, 3, 3, 2).permute(3, 0, 1, 2).unbind(0)[1], lambda x: x[..., 1::2]),
+        (lambda x: torch.view_as_real(torch.complex(x, x))[..., 0], lambda x: torch.complex(x, x).real),
     ],
-    "selected": [(lambda x: x.view(2, 3, 3, 2).select(-1, 0), lambda x: x[..., ::2])],
+    "selected": [
+        (lambda x: x.view(2, 3, 3, 2).select(-1, 0), lambda x: x[..., ::2]),
+        (lambda x: x.view(2, 3, 2, 3).select(2, -1), lambda x: x[..., 3:]),
+        (lambda x: x.view(2, 3, 3, 2).movedim(3, 0).select(0, 1), lambda x: x[..., 1::2]),
+        (lambda x: torch.view_as_real(torch.complex(x, x)).select(-1, 1), lambda x: torch.complex(x, x).imag),
+    ],
+    "reshaped_as": [(lambda x: x.flatten().view_as(x), lambda x: x.flatten().reshape(2, 3, 6))],
+    "stacked_elsewhere": [
+        (lambda x, y: torch.stack((x, y)).movedim(0, -1), lambda x, y: torch.stack((x, y), -1)),
+        (lambda x, y: torch.stack((x, y, x)).permute(1, 2, 0, 3), lambda x, y: torch.stack((x, y, x), -2)),
+    ],
+    "halves_flipped": [
+        (lambda x: x.view(2, 3, 2, 3).flip(-2).flatten(-2), lambda x: torch.roll(x, 3, -1)),
+        (lambda x: torch.flip(x.unflatten(2, (2, 3)), (2,)).reshape(2, 3, 6), lambda x: x.roll(3, 2)),
+    ],
+    "parts_as_complex": [
+        (
+            lambda x: torch.complex(x[..., ::2], x[..., 1::2].contiguous()),
+            lambda x: torch.view_as_complex(x.unflatten(-1, (3, 2))),
+        )
+    ],
+    "parts_as_pairs": [
+        (
+            lambda x, y: torch.stack((torch.complex(x, y).real, torch.complex(x, y).imag), -1).flatten(-2),
+            lambda x, y: torch.view_as_real(torch.complex(x, y)).flatten(-2),
+        )
+    ],
+    "parts_as_halves": [
+        (
+            lambda x, y: torch.cat(columns_of(torch.complex(x, y)), -2).reshape(2, 3, 12),
+            lambda x, y: torch.cat((torch.complex(x, y).real, torch.complex(x, y).imag), -1),
+        )
+    ],
     "narrowed": [(lambda x: x.narrow(-1, 2, 3), lambda x: x[..., 2:5])],
     "rolled": [(lambda x: torch.roll(x, (4,), (2,)), lambda x: x.roll(4, -1))],
     "joined_by_writing": [
@@ -417,6 +464,7 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "interleave": lambda a, b: torch.stack((a, b), -1).flatten(-2),
     "as_complex": lambda x: torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()),
     "from_complex": lambda z: torch.view_as_real(z).flatten(-2),
+    "real": torch.real, "imag": torch.imag, "complex": torch.complex,
     "cat": torch.cat, "stack": torch.stack, "roll": torch.roll,
     "rows": lambda x: x.flatten(0, -2),
     "picked": lambda x, index, how: (
@@ -617,6 +665,35 @@ NEAR: dict[str, Callable[..., Any]] = {
     ),
     "written in whole numbers": lambda x, y: call(written, (x, y), ((0, 6, 1), (6, 12, 1)), 12, (0, 1, 2), torch.int64).double(),
     "no pairs": lambda x: x.view(2, 3, 2, 3)[..., 1] * x.view(6, 2, 3).select(-1, 0).view(2, 3, 2),
+    "pairs among other leading dimensions": lambda x: (
+        x.view(6, 3, 2)[..., 1].sum() + x.view(6, 3, 2).select(-1, 0) + x.view(2, 9, 2).unbind(-1)[0].view(6, 3)
+    ),
+    "entries of other dimensions": lambda x: (
+        x.view(2, 3, 2, 3)[:, 1, :, :].flatten(1) + x.view(2, 3, 2, 3)[:, 1].reshape(2, 6) + x.view(3, 2, 6)[..., 1, :].sum()
+        + x.view(2, 3, 2, 3).permute(2, 1, 0, 3)[0].reshape(2, 9)[:, :6] + x.view(36)[3] + x.view(12, 3)[2].sum()
+        + x.movedim(1, 0)[1] + x.view(2, 3, 2, 3).movedim(-1, 1)[1].sum() + x.view(2, 3, 2, 3).movedim((2, 3), (0, 1))[1].sum()
+    ),
+    "stacked and moved otherwise": lambda x, y: (
+        torch.stack((x, y)).movedim(1, -1).sum() + torch.stack((x, y)).permute(1, 3, 2, 0).flatten(-2)
+        + torch.stack((x, y), -2).view(2, 6, 6).mT.reshape(2, 6, 6)
+    ).sum() + torch.stack((x, y), 1).flatten(1, 2),
+    "flipped otherwise": lambda x: (
+        x.view(2, 3, 2, 3).flip(-1).flatten(-2) + x.view(2, 3, 3, 2).flip(-2).flatten(-2) + x.flip(-2)
+        + x.view(3, 2, 2, 3).flip(-2).view(2, 3, 6) + x.view(2, 3, 2, 3).flip(-1, -2).flatten(-2)
+        + x.view(6, 6).flip(0).view(2, 3, 6)
+    ),
+    "complex numbers of other parts": lambda x, y: torch.view_as_real(
+        torch.complex(x[..., 1::2], x[..., ::2]) + torch.complex(x[..., ::2], y[..., 1::2])
+        + torch.complex(x[..., :3], x[..., 3:])
+        + torch.view_as_complex(x.view(3, 2, 3, 2)).view(2, 3, 3) + torch.view_as_complex(torch.stack((x, y), -1))[..., :3]
+    ).flatten(-2),
+    "parts of other complex numbers": lambda x, y: (
+        torch.cat((torch.complex(x, y).imag, torch.complex(x, y).real), -1)
+        + torch.stack((torch.complex(x, y).imag, torch.complex(x, y).real), -1).flatten(-2)
+        + torch.stack((torch.complex(x, y).real, torch.complex(y, x).imag), -1).flatten(-2)
+        + torch.cat(columns_of(torch.complex(x, y))[::-1], -2).reshape(2, 3, 12)
+        + torch.view_as_real(torch.complex(x, y)).permute(0, 3, 1, 2).reshape(2, 3, 12)
+    ),
     "a narrowed leading dimension": lambda x: x.narrow(1, 1, 2)[:1] + x.narrow(0, 0, 1)[:, :2],
     "a stack in front": lambda x, y: torch.stack((x, y), 0).flatten(0, 1) + torch.stack((x, y, x, y), -1).view(4, 3, 12)[..., :6],
     "matrices of matrices": lambda x, y: x @ y.transpose(1, 2) + torch.bmm(x, y.mT),
