@@ -8,6 +8,7 @@ from torch import fx
 
 from . import (
     algebra_activations,
+    algebra_adapters,
     algebra_arithmetic,
     algebra_broadcasts,
     algebra_complex,
@@ -25,7 +26,8 @@ from .expr import Expr, View
 
 THEMES = (
     algebra_broadcasts, algebra_losses, algebra_masks, algebra_reductions, algebra_norms, algebra_exponentials,
-    algebra_activations, algebra_arithmetic, algebra_parts, algebra_complex, algebra_shapes, algebra_products,
+    algebra_activations, algebra_adapters, algebra_arithmetic, algebra_parts, algebra_complex, algebra_shapes,
+    algebra_products,
 )  # fmt: skip
 """In this order, and within one from top to bottom, equations of one operation are tried."""
 

@@ -18,12 +18,12 @@ def bias_added(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None
     """linear(x, W) + b = linear(x, W, b)  where b is one number per output"""
     for product, b in ((x, y), (y, x)):
         inner = product if isinstance(product, Expr) and product.op in ("linear", "linear_columns") else None
-        if alpha == 1 and inner and inner.args[2] is None and rank(b) == 1 and last_size(b) == _features(inner):
+        if alpha == 1 and inner and inner.args[2] is None and rank(b) == 1 and last_size(b) == features(inner):
             return v.intern(inner.op, (*inner.args[:2], b), at.node)
     return None
 
 
-def _features(product: Expr) -> int | None:
+def features(product: Expr) -> int | None:
     """How many numbers a linear computes for each row, read off its weight: the product may be no node of its own."""
     weight = product.args[1]
     shape = sizes(weight.node) if isinstance(weight, Expr) and weight.node is not None else ()

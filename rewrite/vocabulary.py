@@ -71,6 +71,7 @@ linear(x, weight, bias=None)                                                 |
 matmul(x, y)                                                                 | mm bmm __matmul__
 tensordot(x, y, dims=2, out=None)                                            |
 addmm(x, mat1, mat2, beta=1, alpha=1)                                        |
+baddbmm(x, batch1, batch2, beta=1, alpha=1)                                  |
 grouped_mm(x, weight, offs=None, bias=None, out_dtype=None)                  | _grouped_mm transformers.grouped_mm_fallback
 einsum(equation, *operands)                                                  |
 t(x)                                                                         | numpy_T

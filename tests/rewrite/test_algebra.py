@@ -322,6 +322,10 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "product_and_sum": [
         (lambda m, w, b: torch.addmm(b, m, w.T), lambda m, w, b: F.linear(m, w, b)),
         (lambda m, w, b: torch.addmm(b, m, w.T, beta=2, alpha=0.5), lambda m, w, b: F.linear(m, w) * 0.5 + b * 2),
+        (
+            lambda x, w: torch.baddbmm(x @ w.T, x, w.T.expand(2, -1, -1), alpha=0.5),
+            lambda x, w: F.linear(x, w) * 0.5 + x @ w.T,
+        ),
     ],
     "merged_adapter": [
         (
@@ -344,18 +348,52 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
             lambda x, s, p, q, n: F.linear(x, s - (q @ p) / n),
             lambda x, s, p, q, n: F.linear(x, s) - F.linear(F.linear(x, p), q) / n,
         ),
+        (
+            lambda x, v, p, q, b: x @ (v + p.T @ q.T * 2) + b,
+            lambda x, v, p, q, b: x @ v + F.linear(F.linear(x, p), q) * 2 + b,
+        ),
+        (
+            lambda x, s, p, q: x @ (s.T - (q @ p).T),
+            lambda x, s, p, q: F.linear(x, s) - F.linear(F.linear(x, p), q),
+        ),
+        (
+            lambda x, s, p, q, b: F.linear(x, s + (p.T @ q.T * 0.5).T, b),
+            lambda x, s, p, q, b: F.linear(x, s, b) + F.linear(F.linear(x, p), q) * 0.5,
+        ),
+        (
+            lambda x, v, m, w, b: x @ (v + m[:2].T.contiguous() @ w[:2, :4].contiguous()),
+            lambda x, v, m, w, b: x @ v + x @ m[:2].T.contiguous() @ w[:2, :4].contiguous(),
+        ),
+    ],
+    "adapter_of_one_matrix": [
+        (lambda x, s, p, q: F.linear(x, s) + F.linear(x, q @ p), lambda x, s, p, q: F.linear(x, s) + x @ p.T @ q.T),
+        (
+            lambda x, s, p, q: F.linear(x, s) - 0.5 * (x @ (p.T @ q.T)),
+            lambda x, s, p, q: F.linear(x, s) - x @ p.T @ q.T * 0.5,
+        ),
+    ],
+    "bias_of_an_adapter": [
+        (
+            lambda x, s, p, q, b: F.linear(F.linear(x, p), q, b) + F.linear(x, s),
+            lambda x, s, p, q, b: F.linear(x, s, b) + F.linear(F.linear(x, p), q),
+        )
     ],
     "summed_products": [
         (lambda x, w: torch.einsum("bti,oi->bto", x, w), lambda x, w: F.linear(x, w)),
         (lambda x, v: torch.einsum("...i, io -> ...o", x, v), lambda x, v: x @ v),
         (lambda x, y: torch.einsum("...d,...d->...", x, y), lambda x, y: (x * y).sum(-1)),
         (lambda x, y: torch.einsum("btd,btd->btd", x, y), lambda x, y: x * y),
+        (lambda x, p, q: torch.einsum("bti,ri,or->bto", x, p, q), lambda x, p, q: x @ p.T @ q.T),
+        (lambda x, p, q: torch.einsum("... i, o r, r i -> ... o", x, q, p), lambda x, p, q: x @ p.T @ q.T),
     ],
     "functional": [(lambda x: F.silu(x.clone(), inplace=False), lambda x: F.silu(x))],
     "sigmoid_times_itself": [(lambda x: x * torch.sigmoid(x), lambda x: F.silu(x)), (lambda x: x.sigmoid() * x, F.silu)],
     "matrix_product": [
         (lambda x, w: x @ w.T, lambda x, w: F.linear(x, w)),
         (lambda x, v: torch.matmul(x, v), lambda x, v: x @ v),
+        (lambda x, w: torch.bmm(x, w.T.expand(2, -1, -1)), lambda x, w: F.linear(x, w)),
+        (lambda x, v: x @ v.unsqueeze(0).repeat(2, 1, 1), lambda x, v: x @ v),
+        (lambda x, v: x @ v[None].expand(2, 6, 4), lambda x, v: x @ v),
     ],
     "linear_on_rows": [
         (lambda x, w: F.linear(x.view(-1, 6), w).view(2, 3, 4), lambda x, w: F.linear(x, w)),
@@ -646,6 +684,28 @@ NEAR: dict[str, Callable[..., Any]] = {
         (x - y.logsumexp(-1, True)) + (x - x.logsumexp(1, True)) + (x.logsumexp(-1, True) - x)
         + (y.logsumexp(-1) - x.gather(-1, k)[..., 0])[..., None] + torch.sub(x, x.logsumexp(-1, True), alpha=2)
         + (x.view(6, 6) - x.view(6, 6).logsumexp(-1)).sum() + (x[0].logsumexp(-1, True) - x[0].gather(-1, k[0])[:, 0]).sum()
+    ),
+    "adapters of full rank": lambda x, s, p, q, w: (
+        F.linear(x, s) + F.linear(x, w @ w.T @ s) + x @ (w.T @ w)[:, :4] - F.linear(x, q @ q.T @ s)
+    ),
+    "a product of low rank and its bias": lambda x, p, q, b: F.linear(x, q @ p) + b,
+    "an adapter that something is taken off": lambda x, s, p, q: F.linear(x, q @ p) - F.linear(x, s),
+    "biases of others": lambda x, s, p, q, b: (
+        F.linear(x, s, b) + F.linear(F.linear(x, p), q, b) + (F.linear(x, s[:1]) + F.linear(F.linear(x, p), q, b))
+    ),
+    "another matrix for each": lambda x, y, v: (
+        x @ y.mT @ v[:3].expand(2, 3, 4) + x[:1] @ v.expand(2, 6, 4) + x @ v[here(x, torch.tensor, [[0] * 6, [1] * 6])]
+        + x @ v.unsqueeze(1).expand(6, 6, 4)[:2] + x @ v[:, None].expand(6, 6, 4)[1:3] + x @ v[:1].expand(2, 6, 4)
+        + x[..., :4] @ v[:4].unsqueeze(1).expand(4, 4, 4)[:2]
+    ),
+    "operands that are broadcast": lambda x, w, p, q: (
+        torch.einsum("bti,oi->bto", x, w[:, :1]) + torch.einsum("bti,oi->bto", x[..., :1], w)
+        + torch.einsum("...i,ri,or->...o", x, p[:, :1], q) + torch.einsum("bti,ri,or->bto", x, p, q[:, :1])
+    ),
+    "three operands otherwise": lambda x, p, q: (
+        torch.einsum("bti,ri,ri->bt", x, p, p).sum() + torch.einsum("bti,ri,ir->bti", x, p, p.T).sum()
+        + torch.einsum(x, [0, 1, 2], p, [3, 2]).sum()
+        + torch.einsum("bti,ri,or->bot", x, p, q).sum() + torch.einsum("bti,ri,or->btro", x, p, q).sum(2)
     ),
     "merged updates of the other sign": lambda x, s, p, q: F.linear(x, q @ p - s) + F.linear(x, s + s[:, :1] * (q @ p)),
     "clamped on both sides": lambda x: x.clamp(-0.5, 0.5) + x.clamp(max=0.1),
