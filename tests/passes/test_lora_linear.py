@@ -220,6 +220,47 @@ def test_operations_that_do_more_than_one_thing(name: str) -> None:
     assert targets(module)[-1] == "lora_linear" and not {"bmm", "linear", "einsum"} & set(targets(module)), module.graph
 
 
+BIASED = {
+    "of B": lambda x, w, a, b, c, d, e: F.linear(x, w, c) + F.linear(F.linear(x, a), b, e) * 0.5,
+    "of B, not scaled": lambda x, w, a, b, c, d, e: F.linear(x, w, c) + (F.linear(x, a) @ b.T + e),
+    "of B, taken off": lambda x, w, a, b, c, d, e: F.linear(x, w, c) - 2 * F.linear(F.linear(x, a), b, e),
+    "of both": lambda x, w, a, b, c, d, e: F.linear(x, w, c) + F.linear(F.linear(x, a, d), b, e) * 3.0,
+    "of both, no bias of the base": lambda x, w, a, b, c, d, e: F.linear(F.linear(x, a, d), b, e) / 3 + F.linear(x, w),
+    "of both, columns": lambda x, w, a, b, c, d, e: x @ w.T + ((x @ a.T + d) @ b.T.contiguous() + e) * 2,
+    "scaled by a tensor": lambda x, w, a, b, c, d, e: (
+        F.linear(x, w, c) - F.linear(F.linear(x, a, d), b, e) * a.new_full((), 0.5)
+    ),
+    "divided by a tensor": lambda x, w, a, b, c, d, e: (
+        F.linear(x, w) + F.linear(F.linear(x, a), b, e) / a.new_full((), 3.0)
+    ),
+    "scaled for each feature": lambda x, w, a, b, c, d, e: (
+        F.linear(x, w, c) + F.linear(F.linear(x, a, d), b, e) * (c + 1)
+    ),
+    "scaled by a row": lambda x, w, a, b, c, d, e: (
+        F.linear(x, w) - F.linear(F.linear(x, a), b, e) * F.linear(b.new_ones(1, 1, RANK), b)
+    ),
+    "of another product": lambda x, w, a, b, c, d, e: x.tanh() @ w.T[:, :1] + F.linear(F.linear(x, a, d), b, e) * 0.5,
+    "of another base": lambda x, w, a, b, c, d, e: F.linear(x, w).tanh() + F.linear(F.linear(x, a, d), b, e) * 0.5,
+}
+"""Biases of the adapter."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BIASED)
+def test_biases_of_the_adapter(name: str, dtype: torch.dtype) -> None:
+    inputs = {"x": normal(0, 2, 3, IN, grad=True), "w": normal(1, OUT, IN), "a": normal(2, RANK, IN, grad=True)}
+    inputs |= {"b": normal(3, OUT, RANK, grad=True), "c": normal(4, OUT)}
+    inputs |= {"d": normal(5, RANK, grad=True), "e": normal(6, OUT, grad=True)}
+    inputs = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in inputs.items()}
+    module, outcome = check(BIASED[name], inputs, RULES, terms=4 * IN, verify=True)
+    assert len(outcome.rewrites) == (name != "of another product"), (module.graph, outcome.refusals)
+
+
+def test_two_linears_with_biases_that_are_no_narrower_between() -> None:
+    inputs = {"x": normal(0, 2, 3, IN, grad=True), "a": normal(1, IN, IN), "b": normal(2, IN, IN), "d": normal(3, IN)}
+    check(lambda x, a, b, d: x + F.linear(F.linear(x, a, d), b, d), inputs, RULES, count=0, terms=4 * IN)
+
+
 def test_two_adapters_that_share_a_factor() -> None:
     """What the second adapter is added to is computed from the product that both read."""
 
