@@ -24,6 +24,7 @@ ACTIVATIONS = {
     "gelu, by hand": lambda g: g * 0.5 * (1.0 + torch.erf(g / math.sqrt(2.0))),
     "gelu, by hand, no division": lambda g: g * 0.5 * (1.0 + torch.erf(g * math.sqrt(0.5))),
     "gelu_tanh, by hand": lambda g: 0.5 * g * (1.0 + torch.tanh(ROOT_2_OVER_PI * (g + 0.044715 * torch.pow(g, 3.0)))),
+    "gelu_tanh, as sigmoid": lambda g: g * torch.sigmoid(2 * ROOT_2_OVER_PI * (g + 0.044715 * torch.pow(g, 3.0))),
     "quick_gelu": lambda g: g * torch.sigmoid(1.702 * g),
     "relu": F.relu,
     "relu2": lambda g: F.relu(g) ** 2,
@@ -35,13 +36,15 @@ ACTIVATIONS = {
     "relu2, maximum": lambda g: torch.maximum(g, g.new_zeros(())) ** 2,
     "positive2": lambda g: torch.where(g > 0, g, 0) ** 2,
     "masked2": lambda g: (g * (g > 0)) ** 2,
+    "masked2, relu": lambda g: F.relu(g) * g,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
 }
 """The spellings of each activation; what follows a comma only tells spellings apart.
 
-A relu by hand is an activation of its own where it differs from the others at 0, at NaN or at infinity. No spelling of any
-is x·y·(x > 0), or x²·(x > 0): where the product overflows, the mask comes too late, and makes NaN.
+A relu by hand is an activation of its own where it differs from the others at 0, at NaN or at infinity: relu(x)·x is the
+square of x·(x > 0), for both make NaN of −∞. No spelling of any is x·y·(x > 0), or x²·(x > 0): where the product overflows, the
+mask comes too late, and makes NaN.
 """
 
 

@@ -18,18 +18,27 @@ class FuseLayerNorm(RewriteRule):
     """(x − mean x) · rsqrt(var x + eps) · w + b  →  layer_norm(x, w, b, eps)"""
 
     name = "layer_norm"
-    variants = {"form": ("library", "by hand"), "weight": ("none", "w", "1 + w"), "bias": (False, True)}
+    variants = {
+        "form": ("library", "by hand", "by hand, c(rw)"),
+        "weight": ("none", "w", "1 + w"),
+        "bias": (False, True),
+    }
 
     def pattern(self, x: Any, w: Any, b: Any, eps: Any, shape: Any, *, form: str, weight: str, bias: bool) -> Any:
         """``F.layer_norm``, alone or with an affine map of its own behind it, and the formula written out."""
+        if form == "by hand, c(rw)" and weight == "none":
+            return None
         if form == "library" and weight == "none":
             return None if bias else F.layer_norm(x, shape, w, b, eps)
         if form == "library":
-            y = F.layer_norm(x, shape, None, None, eps)
+            y, factors = F.layer_norm(x, shape, None, None, eps), list[Any]()
         else:
-            centred = x - x.mean(-1, keepdim=True)
-            y = centred * torch.rsqrt(centred.pow(2).mean(-1, keepdim=True) + eps)
-        y = y if weight == "none" else y * (w if weight == "w" else 1 + w)
+            y = x - x.mean(-1, keepdim=True)
+            factors = [torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)]
+        if weight != "none":
+            factors.append(w if weight == "w" else 1 + w)
+        for factor in [factors[0] * factors[1]] if form.endswith("c(rw)") else factors:
+            y = y * factor
         return y + b if bias else y
 
     def check(self, m: Match) -> Refusal | None:

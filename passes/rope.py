@@ -57,7 +57,7 @@ class FuseRope(RewriteRule):
     variants = {
         "form": (
             "rotate half", "two halves", "two halves and the rest", "rotate pairs", "two of a pair", "complex",
-            "complex, one table", "rolled", "rolled, with signs",
+            "complex, one table", "complex, halves", "rolled", "rolled, with signs",
         ),
         "back": (False, True),
     }  # fmt: skip
@@ -67,6 +67,9 @@ class FuseRope(RewriteRule):
         rest: Any, *, form: str, back: bool,
     ) -> Any:  # fmt: skip
         """Half-rotated and interleaved, through a rotated copy or part by part, as a complex product; either way round."""
+        if form == "complex, halves":
+            z = torch.complex(part(x, a, b, p), part(x, c, d, q)) * cos
+            return None if back else torch.cat((z.real, z.imag), -1)
         if form.startswith("complex"):
             return None if back else from_complex(as_complex(x) * cos)
         if form.startswith("rolled"):
@@ -121,7 +124,7 @@ class FuseRope(RewriteRule):
         size = _turned(m)
         if size != static_size(m.x):
             x = x[..., :size]
-        pairs = "pair" in m.form or m.form.startswith("complex")
+        pairs = "pair" in m.form or m.form in ("complex", "complex, one table")
         if m.a is not None and pairs != _pairs(m, size):
             x = x.unflatten(-1, (2, -1) if pairs else (-1, 2)).transpose(-1, -2).flatten(-2)
         if m.form.startswith("rolled"):

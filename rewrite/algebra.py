@@ -7,10 +7,16 @@ from typing import Any
 from torch import fx
 
 from . import (
+    algebra_activations,
+    algebra_adapters,
     algebra_arithmetic,
+    algebra_broadcasts,
+    algebra_complex,
     algebra_exponentials,
     algebra_losses,
     algebra_masks,
+    algebra_norms,
+    algebra_parts,
     algebra_products,
     algebra_reductions,
     algebra_rows,
@@ -20,7 +26,8 @@ from .equation import REGISTERED, Equation, Site
 from .expr import Expr, View
 
 THEMES = (
-    algebra_rows, algebra_losses, algebra_masks, algebra_reductions, algebra_exponentials, algebra_arithmetic, algebra_shapes,
+    algebra_rows, algebra_broadcasts, algebra_losses, algebra_masks, algebra_reductions, algebra_norms, algebra_exponentials,
+    algebra_activations, algebra_adapters, algebra_arithmetic, algebra_parts, algebra_complex, algebra_shapes,
     algebra_products,
 )  # fmt: skip
 """In this order, and within one from top to bottom, equations of one operation are tried."""

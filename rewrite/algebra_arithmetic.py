@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from .algebra_reductions import summed
 from .equation import Site, equation, from_the_end, is_number, numeric_factor, op_of, same
 from .expr import Expr, View, last_size, rank
-from .graph import sizes
+from .graph import dtype_of, sizes
 
 
 @equation("add")
@@ -16,12 +18,12 @@ def bias_added(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None
     """linear(x, W) + b = linear(x, W, b)  where b is one number per output"""
     for product, b in ((x, y), (y, x)):
         inner = product if isinstance(product, Expr) and product.op in ("linear", "linear_columns") else None
-        if alpha == 1 and inner and inner.args[2] is None and rank(b) == 1 and last_size(b) == _features(inner):
+        if alpha == 1 and inner and inner.args[2] is None and rank(b) == 1 and last_size(b) == features(inner):
             return v.intern(inner.op, (*inner.args[:2], b), at.node)
     return None
 
 
-def _features(product: Expr) -> int | None:
+def features(product: Expr) -> int | None:
     """How many numbers a linear computes for each row, read off its weight: the product may be no node of its own."""
     weight = product.args[1]
     shape = sizes(weight.node) if isinstance(weight, Expr) and weight.node is not None else ()
@@ -33,10 +35,10 @@ def negative_addend(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr |
     """x + (−y) = x − y;  x + y·(−z) = x − y·z;  x − (−y) = x + y"""
     if alpha != 1:
         return None
-    positive = _negated(v, y)
+    positive = negated(v, y)
     if positive is not None:
         return v.make("sub" if at.op == "add" else "add", x, positive, node=at.node)
-    positive = _negated(v, x) if at.op == "add" else None
+    positive = negated(v, x) if at.op == "add" else None
     return v.make("sub", y, positive, node=at.node) if positive is not None else None
 
 
@@ -49,7 +51,7 @@ def negative_product(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     return None
 
 
-def _negated(v: View, x: Any) -> Expr | None:
+def negated(v: View, x: Any) -> Expr | None:
     """What ``x`` is the negative of, if it is a negative or a product with one."""
     inner = op_of(x, "neg", "mul")
     if inner is None or inner.op == "neg":
@@ -117,6 +119,15 @@ def square_of_a_root(v: View, at: Site, x: Any) -> Expr | None:
     return root.args[0] if c is None else v.make("mul", root.args[0], c * c, node=at.node)
 
 
+@equation("square")
+def square_of_a_magnitude(v: View, at: Site, x: Any) -> Expr | None:
+    """|x|² = (−x)² = x²  of real numbers"""
+    inner = op_of(x, "abs", "neg")
+    z = inner.args[0] if inner else None
+    complex_or_unknown = not isinstance(z, Expr) or z.node is None or (dtype_of(z.node) or torch.complex64).is_complex
+    return None if complex_or_unknown else v.make("square", z, node=at.node)
+
+
 @equation("div")
 def division(v: View, at: Site, x: Any, y: Any, rounding_mode: Any = None) -> Expr | None:
     """x / y = x · y⁻¹;  x / c = x · (1/c)  of a number;  Σx / n = mean x"""
@@ -145,11 +156,13 @@ def reciprocal_of_a_root(v: View, at: Site, x: Any) -> Expr | None:
 
 @equation("pow")
 def powers(v: View, at: Site, x: Any, y: Any) -> Expr | None:
-    """x^2, x^½, x^−½, x^−1"""
+    """x^2, x^½, x^−½, x^−1;  x^3 = x^3.0"""
     if not is_number(y) or is_number(x):
         return None
     name = {2.0: "square", 0.5: "sqrt", -0.5: "rsqrt", -1.0: "reciprocal"}.get(float(y))
-    return v.make(name, x, node=at.node) if name else None
+    if name is None:
+        return v.intern("pow", (x, 3.0), at.node) if y == 3 else None
+    return v.make(name, x, node=at.node)
 
 
 @equation("clamp")

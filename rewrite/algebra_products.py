@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import permutations
 from typing import Any
 
 from torch import fx
@@ -12,9 +14,9 @@ from .graph import autograd_body, sizes
 from .vocabulary import bind, operation
 
 
-@equation("addmm")
+@equation("addmm", "baddbmm")
 def product_and_sum(v: View, at: Site, x: Any, a: Any, b: Any, beta: Any, alpha: Any) -> Expr | None:
-    """addmm(b, x, w, β, α) = β·b + α·x·w"""
+    """addmm(b, x, w, β, α) = baddbmm(b, x, w, β, α) = β·b + α·x·w"""
     product = v.make("matmul", a, b)
     product = product if alpha == 1 else v.make("mul", product, alpha)
     return v.make("add", product, x if beta == 1 else v.make("mul", x, beta), node=at.node)
@@ -25,11 +27,28 @@ def matrix_product(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     """x·Wᵀ and x·W of a matrix W are linears, by rows and by columns of W"""
     if not isinstance(y, Expr) or not isinstance(x, Expr):
         return None
+    y = _one_for_all(x, y)
     if y.op == "transposed" and (v.pattern or rank(y.args[0]) == 2):
         return v.make("linear", x, y.args[0], None, node=at.node)
     if v.pattern or (rank(y) == 2 and (rank(x) or 0) >= 2):
-        return v.intern("linear_columns", (x, y, None), at.node)
+        return v.make("linear_columns", x, y, None, node=at.node)
     return None
+
+
+def _one_for_all(x: Expr, y: Expr) -> Expr:
+    """The matrix that ``y`` repeats for each of the matrices in ``x``, if it is one; else ``y``."""
+    matrix, shape = y, _shape(y)
+    while matrix.op in ("expand", "repeated", "repeat", "unsqueeze", "getitem") and _shape(matrix)[-2:] == shape[-2:]:
+        new = matrix.args[1] if matrix.op == "getitem" else None
+        if any(i is not None and i != slice(None) for i in (new if isinstance(new, tuple) else (new,))):
+            return y
+        matrix = matrix.args[0]
+    alike = _shape(matrix) == shape[-2:] and len(shape) > 2 and _shape(x)[:-2] == shape[:-2]
+    return matrix if alike else y
+
+
+def _shape(x: Any) -> tuple[Any, ...]:
+    return sizes(x.node) if isinstance(x, Expr) and x.node is not None else ()
 
 
 @equation("squeeze")
@@ -43,43 +62,6 @@ def product_of_row_and_column(v: View, at: Site, x: Any, dim: Any = None) -> Exp
     if dims is None or row.args[1] not in (-2, dims - 2) or column.args[1] not in (-1, dims - 1):
         return None
     return v.make("sum", v.make("mul", row.args[0], column.args[0]), -1, True, None, node=at.node)
-
-
-@equation("linear")
-def merged_adapter(v: View, at: Site, x: Any, weight: Any, bias: Any = None) -> Expr | None:
-    """x (W ± s·BA)ᵀ + b = x Wᵀ + b ± s·(x Aᵀ) Bᵀ  where BA has a lower rank than W, and s no dimension"""
-    total = op_of(weight, "add", "sub") if not v.pattern else None
-    if total is None:
-        return None
-    for w, update in (total.args, total.args[::-1]) if total.op == "add" else (total.args,):
-        low, scale = _low_rank_product(update)
-        if low is not None:
-            b, a, _ = low.args
-            adapter = v.make("linear", v.make("linear", x, a, None), b, None)
-            adapter = adapter if scale is None else v.make("mul", adapter, scale)
-            return v.make(total.op, v.make("linear", x, w, bias), adapter, node=at.node)
-    return None
-
-
-def _low_rank_product(update: Any) -> tuple[Expr | None, Any]:
-    """BA and s where ``update`` is s·BA."""
-    product = op_of(update, "mul")
-    for low, scale in (product.args, product.args[::-1]) if product else ((update, None),):
-        low = op_of(low, "linear_columns")
-        divisor = scale.args[0] if isinstance(scale, Expr) and scale.op == "reciprocal" else scale
-        if low is not None and _is_low_rank(low) and (not isinstance(divisor, Expr) or rank(divisor) == 0):
-            return low, scale
-    return None, None
-
-
-def _is_low_rank(low: Expr) -> bool:
-    """Whether ``low``, a product of two matrices, has fewer terms than rows and than columns."""
-    b, a, bias = low.args
-    shapes = [sizes(m.node) for m in (b, a) if isinstance(m, Expr) and m.node is not None]
-    if bias is not None or [len(s) for s in shapes] != [2, 2]:
-        return False
-    rows, terms, columns = *shapes[0], shapes[1][1]
-    return all(isinstance(s, int) for s in (rows, terms, columns)) and terms < min(rows, columns)
 
 
 @equation("linear", "linear_columns")
@@ -123,11 +105,15 @@ def tensor_product(v: View, at: Site, x: Any, y: Any, dims: Any = 2, out: Any = 
 
 @equation("einsum")
 def summed_products(v: View, at: Site, equation: Any, operands: Any) -> Expr | None:
-    """…k, ok → …o is a linear;  …k, ko → …o one of a weight by columns;  …k, …k → … is Σ x·y"""
+    """…k, ok → …o is a linear;  …k, ko → …o one of a weight by columns;  …k, …k → … is Σ x·y;  …, … → … is x·y"""
+    if len(operands) == 3:
+        return _chained(v, at, equation, operands)
     terms = _terms(equation) if len(operands) == 2 else None
-    if terms is None or not all(isinstance(x, Expr) for x in operands):
+    if terms is None or not all(isinstance(x, Expr) for x in operands) or _is_broadcast(terms, operands):
         return None
     (x, y), (first, second, result) = operands, terms
+    if first == second == result and len(set(first)) == len(first):
+        return v.make("mul", x, y, node=at.node)
     lead, k = first[:-1], first[-1:]
     if first == second and result == lead and k not in lead:
         return v.make("sum", v.make("mul", x, y), -1, False, None, node=at.node)
@@ -136,7 +122,37 @@ def summed_products(v: View, at: Site, equation: Any, operands: Any) -> Expr | N
         return None
     if second == out + k:
         return v.make("linear", x, y, None, node=at.node)
-    return v.intern("linear_columns", (x, y, None), at.node) if second == k + out else None
+    return v.make("linear_columns", x, y, None, node=at.node) if second == k + out else None
+
+
+def _is_broadcast(terms: Sequence[str], operands: Sequence[Any]) -> bool:
+    """Whether a letter stands for a size of 1 in one operand and for more in the other: no product of matrices does that."""
+    single = dict[str, bool]()
+    for term, x in zip(terms, operands, strict=False):
+        front, _, back = term.partition("…")
+        places = [*zip(front, _shape(x), strict=False), *zip(reversed(back), reversed(_shape(x)), strict=False)]
+        if any(single.setdefault(c, _is_one(size)) != _is_one(size) for c, size in places):
+            return True
+    return False
+
+
+def _is_one(size: Any) -> bool:
+    return isinstance(size, int) and size == 1
+
+
+def _chained(v: View, at: Site, equation: Any, operands: Any) -> Expr | None:
+    """…k, rk, or → …o as two linears"""
+    written = equation.replace(" ", "").replace("...", "…") if isinstance(equation, str) else ""
+    (first, *others), result = written.partition("->")[0].split(","), written.partition("->")[2]
+    if len(others) != 2 or _is_broadcast((first, *others), operands):
+        return None
+    for (a, w), (b, u) in permutations(zip(others, operands[1:], strict=True)):
+        summed, between = first[-1:], a.replace(first[-1:], "")
+        if len(between) == 1 and summed not in first[:-1] + b + result and between not in first + result:
+            low = v.make("einsum", f"{first},{a}->{first[:-1]}{between}", (operands[0], w))
+            if low.op != "einsum":
+                return v.make("einsum", f"{first[:-1]}{between},{b}->{result}", (low, u), node=at.node)
+    return None
 
 
 def _terms(equation: Any) -> tuple[str, str, str] | None:

@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import torch
+
 from .equation import Site, equation, from_the_end, is_number, op_of, same
 from .expr import Expr, View, last_size, rank
+from .graph import dtype_of
 
 
 @equation("mean", "sum")
@@ -43,6 +46,15 @@ def summed(total: Expr | None) -> int | None:
         return None
     inner = total.args[0]
     return last_size(inner.args[0] if inner.op == "square" and inner.node is None else inner)
+
+
+@equation("vecdot")
+def dot_product(v: View, at: Site, x: Any, y: Any, dim: Any, *_: Any) -> Expr | None:
+    """vecdot(x, y) = Σ x·y  of real numbers"""
+    real = isinstance(x, Expr) and x.node is not None and (dtype_of(x.node) or torch.complex64).is_floating_point
+    if not real or rank(x) != rank(y):
+        return None
+    return v.make("sum", v.make("mul", x, y), from_the_end(dim, x), False, None, node=at.node)
 
 
 @equation("var", "std")

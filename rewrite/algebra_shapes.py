@@ -1,13 +1,11 @@
-"""Equations of what only moves numbers: transposes, reshapes, parts, joints, pairs as complex numbers."""
+"""Equations of what only moves numbers: transposes, reshapes, joints, rolls."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import pairwise
 from typing import Any
 
 from .equation import Site, equation, from_the_end, is_number
-from .expr import Expr, View, last_size, rank
+from .expr import Expr, View, rank
 from .graph import dtype_of, sizes
 
 
@@ -38,17 +36,57 @@ def permuted(v: View, at: Site, x: Any, dims: Any) -> Expr | None:
 
 @equation("view", "flatten", "unflatten", "squeeze", "unsqueeze", "expand")
 def reshaped(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
-    """A reshape to the shape it has is none; interleaving, stack(a, b) flattened, is one operation."""
+    """A reshape to the shape it has is none; a stack that is flattened joins its parts, or interleaves two."""
     if at.node is None or not isinstance(x, Expr) or x.node is None or v.pattern:
         return None
     before, after = sizes(x.node), sizes(at.node)
     if before == after and before:
         return x
-    pair = x.op == "stack" and isinstance(x.args[0], tuple) and len(x.args[0]) == 2
-    inner = x if pair and from_the_end(x.args[1], x) == -1 else None
-    if inner and len(after) == len(before) - 1 and before[:-2] == after[:-1]:
-        return v.make("interleave", *inner.args[0], node=at.node)
-    return None
+    if (
+        x.op != "stack"
+        or not isinstance(x.args[0], tuple)
+        or len(after) != len(before) - 1
+        or before[:-2] != after[:-1]
+    ):
+        return None
+    if from_the_end(x.args[1], x) == -2:
+        return v.make("cat", x.args[0], -1, node=at.node)
+    pair = len(x.args[0]) == 2 and from_the_end(x.args[1], x) == -1
+    return v.make("interleave", *x.args[0], node=at.node) if pair else None
+
+
+@equation("view_as", "reshape_as")
+def reshaped_as(v: View, at: Site, x: Any, other: Any) -> Expr | None:
+    """x in the shape of another, of which nothing else matters"""
+    return v.make("view", x, sizes(at.node), node=at.node) if at.node is not None and not v.pattern else None
+
+
+@equation("movedim", "permute")
+def stacked_elsewhere(v: View, at: Site, x: Any, *dims: Any) -> Expr | None:
+    """A stack whose new dimension is moved is a stack along another."""
+    n = rank(x) or 0
+    if not isinstance(x, Expr) or x.op != "stack" or not n or not isinstance(x.args[1], int):
+        return None
+    stacked = x.args[1] % n
+    if at.op == "movedim":
+        moved = isinstance(dims[0], int) and isinstance(dims[1], int) and dims[0] % n == stacked
+        return v.make("stack", x.args[0], dims[1] % n - n, node=at.node) if moved else None
+    order = [d % n for d in dims[0]]
+    others = [d for d in order if d != stacked]
+    return v.make("stack", x.args[0], order.index(stacked) - n, node=at.node) if others == sorted(others) else None
+
+
+@equation("view", "flatten")
+def halves_flipped(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
+    """view(x, ..., 2, n).flip(-2), flattened = roll(x, n, −1)"""
+    pair = x.args[0] if isinstance(x, Expr) and x.op == "flip" and from_the_end(x.args[1], x) == -2 else None
+    inner = pair.args[0] if isinstance(pair, Expr) and pair.op in ("view", "unflatten") else None
+    if at.node is None or pair is None or not isinstance(inner, Expr) or inner.node is None:
+        return None
+    before, after, halves = sizes(inner.node), sizes(at.node), sizes(pair.node)
+    if before != after or before[:-1] != halves[:-2] or halves[-2] != 2 or not isinstance(halves[-1], int):
+        return None
+    return v.make("roll", inner, halves[-1], -1, node=at.node)
 
 
 @equation("view", "flatten", "expand", "repeat_interleave")
@@ -91,100 +129,6 @@ def _without_new_dimension(x: Expr, dim: int) -> Expr | None:
     return inner if place == dim else None
 
 
-@equation("getitem")
-def indexed(v: View, at: Site, x: Any, index: Any) -> Expr | None:
-    """Parts of the last dimension, however they are taken, are ``part(x, start, stop, step)``."""
-    if not isinstance(x, Expr):
-        return None
-    if isinstance(index, int):
-        return _piece(v, at, x, index)
-    items = index if isinstance(index, tuple) else (index,)
-    dims = rank(x)
-    leads = [i for i in items[:-1] if i is not Ellipsis]
-    reaches_last = Ellipsis in items[:-1] or (dims is not None and len(items) == dims)
-    if not (reaches_last and all(i == slice(None) for i in leads)):
-        return None
-    if isinstance(items[-1], slice):
-        return part(v, at, x, items[-1].start, items[-1].stop, items[-1].step)
-    return _pair_element(v, at, x, items[-1]) if isinstance(items[-1], int) else None
-
-
-def part(v: View, at: Site, x: Expr, start: Any, stop: Any, step: Any) -> Expr | None:
-    """x[..., start:stop:step] with the ends counted from 0 and a full end left open."""
-    size = last_size(x)
-    if v.pattern or not all(i is None or isinstance(i, int) for i in (start, stop, step)):
-        return v.intern("part", (x, start or 0, stop, step or 1), at.node)
-    if size is None:
-        return None
-    first, last, stride = slice(start, stop, step).indices(size)
-    return x if (first, last, stride) == (0, size, 1) else v.intern("part", (x, first, last, stride), at.node)
-
-
-def _piece(v: View, at: Site, x: Expr, index: int) -> Expr | None:
-    """One result of ``chunk``, ``split``, ``tensor_split`` or ``unbind`` over the last dimension."""
-    if x.op == "unbind" and isinstance(x.args[0], Expr):
-        return _pair_element(v, at, x.args[0], index) if from_the_end(x.args[1], x.args[0]) == -1 else None
-    if x.op not in ("chunk", "split", "tensor_split") or from_the_end(x.args[2], x.args[0]) != -1:
-        return None
-    size = last_size(x.args[0])
-    lengths = _lengths(x, size)
-    if lengths is None or not -len(lengths) <= index < len(lengths):
-        return None
-    index %= len(lengths)
-    start = sum(lengths[:index])
-    return part(v, at, x.args[0], start, start + lengths[index], 1)
-
-
-def _lengths(x: Expr, size: int | None) -> list[int] | None:
-    if size is None:
-        return None
-    if isinstance(x.args[1], tuple | list):
-        if not all(isinstance(i, int) for i in x.args[1]):
-            return None
-        return _between(x.args[1], size) if x.op == "tensor_split" else list(x.args[1])
-    if not isinstance(x.args[1], int):
-        return None
-    if x.op == "tensor_split":
-        return [size // x.args[1] + (i < size % x.args[1]) for i in range(x.args[1])]
-    step = -(-size // x.args[1]) if x.op == "chunk" else x.args[1]
-    return [min(step, size - i) for i in range(0, size, step)]
-
-
-def _between(cuts: Sequence[int], size: int) -> list[int] | None:
-    """The lengths between ``cuts``, where they are in order."""
-    ends = [0, *cuts, size]
-    return [b - a for a, b in pairwise(ends)] if ends == sorted(ends) else None
-
-
-def _pair_element(v: View, at: Site, x: Expr, index: int) -> Expr | None:
-    """view(x, ..., d/2, 2)[..., i] = x[..., i::2]"""
-    inner = x.args[0] if x.op in ("view", "unflatten") else None
-    size = last_size(inner)
-    if inner is None or size is None or x.node is None or sizes(x.node)[-2:] != (size // 2, 2):
-        return None
-    return part(v, at, inner, index % 2, size, 2)
-
-
-@equation("select")
-def selected(v: View, at: Site, x: Any, dim: Any, index: Any) -> Expr | None:
-    """select(view(x, ..., d/2, 2), -1, i) = x[..., i::2]"""
-    if not isinstance(x, Expr) or from_the_end(dim, x) != -1 or not isinstance(index, int):
-        return None
-    return _pair_element(v, at, x, index)
-
-
-@equation("narrow")
-def narrowed(v: View, at: Site, x: Any, dim: Any, start: Any, length: Any) -> Expr | None:
-    """narrow(x, -1, a, n) = x[..., a:a+n]"""
-    if (
-        not isinstance(x, Expr)
-        or from_the_end(dim, x) != -1
-        or not (isinstance(start, int) and isinstance(length, int))
-    ):
-        return None
-    return part(v, at, x, start, start + length, 1)
-
-
 @equation("cat", "stack")
 def joined(v: View, at: Site, tensors: Any, dim: Any = 0) -> Expr | None:
     """Joining names its dimension from the end."""
@@ -225,26 +169,3 @@ def rolled(v: View, at: Site, x: Any, shifts: Any, dims: Any = None) -> Expr | N
     """roll(x, (n,), (3,)) = roll(x, n, −1)"""
     shift = shifts[0] if isinstance(shifts, tuple | list) and len(shifts) == 1 else shifts
     return v.intern("roll", (x, shift, from_the_end(dims, x)), at.node)
-
-
-@equation("view_as_complex")
-def pairs_as_complex(v: View, at: Site, x: Any) -> Expr | None:
-    """Neighbours of the last dimension as one complex number each"""
-    inner = x.args[0] if isinstance(x, Expr) and x.op in ("view", "unflatten") else None
-    size = last_size(inner)
-    if inner is None or x.node is None or size is None or sizes(x.node)[-2:] != (size // 2, 2):
-        return None
-    return v.intern("as_complex", (inner,), at.node)
-
-
-@equation("view", "flatten")
-def complex_as_pairs(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
-    """Complex numbers as neighbours of the last dimension"""
-    if not isinstance(x, Expr) or x.op != "view_as_real" or at.node is None or x.node is None:
-        return None
-    before, after = sizes(x.node), sizes(at.node)
-    return (
-        v.intern("from_complex", x.args, at.node)
-        if before[:-2] == after[:-1] and len(after) == len(before) - 1
-        else None
-    )

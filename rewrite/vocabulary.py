@@ -33,8 +33,10 @@ exp(x)                                                                       |
 log(x)                                                                       |
 logsigmoid(x)                                                                | log_sigmoid
 tanh(x)                                                                      |
-erf(x)                                                                       |
-sigmoid(x)                                                                   | expit
+erf(x)                                                                       | special_erf
+erfc(x)                                                                      | special_erfc
+ndtr(x)                                                                      | special_ndtr
+sigmoid(x)                                                                   | expit special_expit
 relu(x, inplace=False)                                                       | relu_
 silu(x, inplace=False)                                                       | silu_ swish
 gelu(x, approximate='none')                                                  |
@@ -57,21 +59,26 @@ var_mean(x, dim=None, unbiased=None, keepdim=False, correction=None)         |
 std_mean(x, dim=None, unbiased=None, keepdim=False, correction=None)         |
 norm(x, p=2, dim=None, keepdim=False, out=None, dtype=None)                  |
 vector_norm(x, ord=2, dim=None, keepdim=False, dtype=None, out=None)         | linalg_vector_norm
+vecdot(x, y, dim=-1, out=None)                                               | linalg_vecdot
 normalize(x, p=2.0, dim=1, eps=1e-12, out=None)                              |
-softmax(x, dim=None, _stacklevel=3, dtype=None)                              |
+softmax(x, dim=None, _stacklevel=3, dtype=None)                              | special_softmax
 scaled_dot_product_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False) |
 rms_norm(x, normalized_shape, weight=None, eps=None)                         |
 layer_norm(x, normalized_shape, weight=None, bias=None, eps=1e-05, cudnn_enable=True) |
+native_layer_norm(x, normalized_shape, weight, bias, eps)                    |
+group_norm(x, num_groups, weight=None, bias=None, eps=1e-05, cudnn_enabled=True) |
 linear(x, weight, bias=None)                                                 |
 matmul(x, y)                                                                 | mm bmm __matmul__
 tensordot(x, y, dims=2, out=None)                                            |
 addmm(x, mat1, mat2, beta=1, alpha=1)                                        |
+baddbmm(x, batch1, batch2, beta=1, alpha=1)                                  |
 grouped_mm(x, weight, offs=None, bias=None, out_dtype=None)                  | _grouped_mm transformers.grouped_mm_fallback
 einsum(equation, *operands)                                                  |
 t(x)                                                                         | numpy_T
 transpose(x, dim0, dim1)                                                     | swapaxes swapdims
 permute(x, *dims)                                                            |
 movedim(x, source, destination)                                              | moveaxis
+flip(x, *dims)                                                               |
 view(x, *shape)                                                              | reshape
 flatten(x, start_dim=0, end_dim=-1)                                          |
 unflatten(x, dim, sizes)                                                     |
@@ -100,9 +107,9 @@ polar(x, y)                                                                  |
 pad(x, pad, mode='constant', value=None)                                     | constant_pad_nd
 cross_entropy(x, target, weight=None, old=None, ignore_index=-100, old2=None, reduction='mean', smoothing=0.0)| cross_entropy_loss
 nll_loss(x, target, weight=None, old=None, ignore_index=-100, old2=None, reduction='mean') |
-log_softmax(x, dim=None, _stacklevel=3, dtype=None)                          |
+log_softmax(x, dim=None, _stacklevel=3, dtype=None)                          | special_log_softmax
 gather(x, dim, index, sparse_grad=False)                                     |
-logsumexp(x, dim, keepdim=False, out=None)                                   |
+logsumexp(x, dim, keepdim=False, out=None)                                   | special_logsumexp
 gemm_4bit(x, weight, shape, absmax, block_size, quant_type, bias=None, absmax_8bit=None, absmax_code=None, absmax_offset=None) |
 """
 

@@ -47,12 +47,24 @@ ACTIVATIONS = {
     "silu, by hand": lambda g: g * torch.sigmoid(g),
     "silu, by exp": lambda g: g / (1 + torch.exp(-g)),
     "silu, by hand, turned": lambda g: F.sigmoid(g) * g,
+    "silu, expit": lambda g: g * torch.special.expit(g),
     "silu, in place": lambda g: F.silu(g * 1.0, inplace=True),
     "gelu": F.gelu,
     "gelu, tanh": lambda g: F.gelu(g, approximate="tanh"),
     "gelu, by hand": lambda g: g * 0.5 * (1.0 + torch.erf(g / math.sqrt(2.0))),
     "gelu, by hand, turned": lambda g: 0.5 * g * (1 + torch.erf(g * 0.5**0.5)),
     "gelu, tanh, by hand": lambda g: 0.5 * g * (1.0 + torch.tanh(0.79788456 * (g + 0.044715 * g.pow(3)))),
+    "gelu, half behind": lambda g: g * (0.5 * (1 + torch.erf(g / math.sqrt(2)))),
+    "gelu, half last": lambda g: g * (1 + torch.special.erf(g * 0.5**0.5)) / 2,
+    "gelu, half first": lambda g: 0.5 * (g * (1 + torch.erf(g / math.sqrt(2)))),
+    "gelu, two terms": lambda g: 0.5 * g + 0.5 * g * torch.erf(g / 2**0.5),
+    "gelu, erfc": lambda g: 0.5 * g * torch.erfc(-g * 2**-0.5),
+    "gelu, ndtr": lambda g: g * torch.special.ndtr(g),
+    "gelu, tanh, products": lambda g: 0.5 * g * (1 + torch.tanh(0.7978845608 * (g + 0.044715 * g * g * g))),
+    "gelu, tanh, cube": lambda g: g * (0.5 * (1 + torch.tanh(0.7978845608 * (g + 0.044715 * (g * g * g))))),
+    "gelu, tanh, factored": lambda g: 0.5 * g * (1 + torch.tanh(g * 0.7978845608 * (1 + 0.044715 * g * g))),
+    "gelu, tanh, factored once more": lambda g: g * 0.5 * (torch.tanh(0.7978845608 * (g * (0.044715 * g**2 + 1))) + 1),
+    "gelu, tanh, as sigmoid": lambda g: g * torch.sigmoid(1.5957691216 * (g + 0.044715 * g**3)),
     "quick gelu": lambda g: g * torch.sigmoid(1.702 * g),
     "relu": F.relu,
     "relu, method": lambda g: g.relu(),
@@ -60,6 +72,8 @@ ACTIVATIONS = {
     "relu²": lambda g: torch.square(F.relu(g)),
     "relu · relu": lambda g: torch.relu(g) * torch.relu(g),
     "relu ** 2": lambda g: F.relu(g) ** 2,
+    "relu · itself": lambda g: F.relu(g) * g,
+    "relu · itself, turned": lambda g: g * g.relu(),
     **RELUS,
     **{f"({name})²": lambda g, relu=relu: relu(g).square() for name, relu in RELUS.items()},
     "sigmoid": torch.sigmoid,
@@ -73,6 +87,8 @@ PACKED = {
     "narrow": lambda x: (x.narrow(-1, 0, SIZE), x.narrow(-1, SIZE, SIZE)),
     "pairs": lambda x: (x[..., ::2], x[..., 1::2]),
     "unflatten": lambda x: tuple(x.unflatten(-1, (SIZE, 2))[..., i] for i in range(2)),
+    "unflatten, rows": lambda x: tuple(x.unflatten(-1, (2, SIZE)).unbind(-2)[i] for i in range(2)),
+    "unflatten, in front": lambda x: tuple(x.unflatten(-1, (2, SIZE)).movedim(-2, 0)[i] for i in range(2)),
 }
 
 spellings = st.fixed_dictionaries(
@@ -125,6 +141,12 @@ def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
 NEAR = {
     "gelu by hand, half left out": lambda x, y: x * (1.0 + torch.erf(x / math.sqrt(2.0))) * y,
     "gelu by hand, other constant": lambda x, y: 0.5 * x * (1 + torch.erf(x / 1.5)) * y,
+    "gelu by hand, half forgotten": lambda x, y: x * (0.25 * (1.0 + torch.erf(x / math.sqrt(2.0)))) * y,
+    "gelu by hand, of another": lambda x, y: x * (0.5 * (1.0 + torch.erf(y / math.sqrt(2.0)))) * 2.0,
+    "gelu by hand, half taken off": lambda x, y: (0.5 * x - 0.5 * x * torch.erf(x / math.sqrt(2.0))) * y,
+    "gelu by hand, erfc of x": lambda x, y: 0.5 * x * torch.erfc(x / math.sqrt(2.0)) * y,
+    "gelu by hand, square for cube": lambda x, y: 0.5 * x * (1 + torch.tanh(0.7978845608 * (x + 0.044715 * x * x))) * y,
+    "gelu by hand, other cubic": lambda x, y: 0.5 * x * (1 + torch.tanh(0.7978845608 * x * (1 + 0.045 * x * x))) * y,
     "leaky": lambda x, y: F.leaky_relu(x) * y,
     "relu6": lambda x, y: F.relu6(x) * y,
     "summed": lambda x, y: F.silu(x) + y,
@@ -170,7 +192,7 @@ def test_what_may_be_read_in_several_ways(name: str) -> None:
     assert outcome.rewrites
 
 
-@pytest.mark.parametrize("name", ["relu", "relu ** 2", *RELUS, *(f"({name})²" for name in RELUS)])
+@pytest.mark.parametrize("name", ["relu", "relu ** 2", "relu · itself", *RELUS, *(f"({name})²" for name in RELUS)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_slopes_at_zero_are_those_of_the_spelling(name: str, dtype: torch.dtype) -> None:
     x, y = normal(0, 4, 8, SIZE, dtype=dtype), normal(1, 4, 8, SIZE, dtype=dtype, grad=True)
@@ -178,7 +200,7 @@ def test_slopes_at_zero_are_those_of_the_spelling(name: str, dtype: torch.dtype)
     check(lambda x, y: ACTIVATIONS[name](x) * y, inputs, RULES, count=1, terms=4, verify="in place" not in name)
 
 
-@pytest.mark.parametrize("name", ["relu", "relu ** 2", *RELUS, *(f"({name})²" for name in RELUS)])
+@pytest.mark.parametrize("name", ["relu", "relu ** 2", "relu · itself", *RELUS, *(f"({name})²" for name in RELUS)])
 def test_nan_and_infinity_go_where_the_spelling_puts_them(name: str) -> None:
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), -2.0, -0.0, 0.0, 2.0])
     x, y = torch.cartesian_prod(special, special).unbind(-1)
@@ -231,7 +253,9 @@ def test_parts_that_are_no_halves_are_two_tensors(name: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("activation", ["silu", "gelu", "gelu, tanh, by hand", "relu ** 2", "sigmoid"])
+@pytest.mark.parametrize(
+    "activation", ["silu", "gelu", "gelu, erfc", "gelu, tanh, by hand", "relu ** 2", "relu · itself", "sigmoid"]
+)
 def test_each_activation_is_verified(activation: str, dtype: torch.dtype) -> None:
     inputs = {"x": normal(0, 2, 3, SIZE, dtype=dtype, grad=True), "y": normal(1, 2, 3, SIZE, dtype=dtype, grad=True)}
     _, outcome = check(lambda x, y: ACTIVATIONS[activation](x) * y, inputs, RULES, count=1, terms=4, verify=True)

@@ -52,6 +52,8 @@ AFFINE = {
     "1 + w, b": lambda y, w, b: y * (w + 1.0) + b,
     "addcmul": lambda y, w, b: torch.addcmul(b, y, w),
     "in place": lambda y, w, b: (y * w).add_(b),
+    "w, b, expanded": lambda y, w, b: y * w.expand_as(y) + b.expand_as(y),
+    "rows": lambda y, w, b: y * w.view(1, 1, -1) + b[None, None],
 }
 
 
@@ -67,6 +69,8 @@ LIBRARY = {
     "no weight": lambda x, w, b: F.layer_norm(x, (8,)),
     "weight behind": lambda x, w, b: F.layer_norm(x, (8,), eps=EPS) * w + b,
     "1 + w behind": lambda x, w, b: F.layer_norm(x, (8,), None, None, EPS) * (1 + w),
+    "native": lambda x, w, b: torch.native_layer_norm(x, (8,), w, b, EPS)[0],
+    "one group": lambda x, w, b: F.group_norm(x.reshape(-1, 8), 1, w, b, EPS),
     "float32": lambda x, w, b: F.layer_norm(x.float(), (8,), w.float(), b.float(), EPS).to(x.dtype),
 }
 
@@ -129,7 +133,46 @@ def test_spellings_by_library_functions(name: str, dtype: torch.dtype) -> None:
     assert outcome.rewrites[0].error is not None
 
 
+def factor(x: Any, mean: Any) -> Any:
+    """1/√(var x + eps)"""
+    return torch.rsqrt((x * x).mean(-1, keepdim=True) - mean * mean + EPS)
+
+
+FOLDED = {
+    "x·a + (b - m·a)": lambda x, w, b, m, r: x * (r * w) + (b - m * (r * w)),
+    "b - m·r·w + a·x": lambda x, w, b, m, r: (b - m * r * w) + (w * r) * x,
+    "x·a - m·a + b": lambda x, w, b, m, r: (x * (w * r) - m * (w * r)) + b,
+    "x·a + b - m·a": lambda x, w, b, m, r: x * r * w + b - w * (m * r),
+    "x·a + (b + -m·a)": lambda x, w, b, m, r: x * (r * w) + (b + -m * (r * w)),
+    "addcmul": lambda x, w, b, m, r: torch.addcmul(torch.addcmul(b, m, r * w, value=-1), x, r * w),
+    "1 + w": lambda x, w, b, m, r: x * (r * (1 + w)) + (b - m * (r * (1 + w))),
+    "no bias": lambda x, w, b, m, r: x * (r * w) - m * (r * w),
+    "no weight": lambda x, w, b, m, r: x * r - m * r,
+    "c·(r·w) + b": lambda x, w, b, m, r: (x - m) * (r * w) + b,
+}
+"""The mean is taken off last."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", FOLDED)
+def test_folded_into_a_gain_and_a_shift(name: str, dtype: torch.dtype) -> None:
+    def norm(x: Any, w: Any, b: Any) -> Any:
+        wide = x.float()
+        mean = wide.mean(-1, keepdim=True)
+        return FOLDED[name](wide, w, b, mean, factor(wide, mean)).to(dtype)
+
+    module, _ = check(norm, inputs_of((2, 3, 8), dtype, dtype), RULES, count=1, terms=8, verify=True)
+    assert targets(module)[-1] == "layer_norm" and not {"mul", "add", "sub"} & set(targets(module)), module.graph
+
+
 NEAR = {
+    "folded, another mean": lambda x, y, w, e: x * factor(x, _mean(x)) - _mean(y) * factor(x, _mean(x)),
+    "folded, another factor": lambda x, y, w, e: x * factor(x, _mean(x)) - _mean(x) * factor(y, _mean(y)),
+    "folded, added": lambda x, y, w, e: x * factor(x, _mean(x)) + (w + _mean(x) * factor(x, _mean(x))),
+    "folded, weighted once": lambda x, y, w, e: x * (factor(x, _mean(x)) * w) - _mean(x) * factor(x, _mean(x)),
+    "one group of more than the last dimension": lambda x, y, w, e: F.group_norm(x, 1, w, w, EPS),
+    "two groups": lambda x, y, w, e: F.group_norm(x[0], 2, w, w, EPS),
+    "moments of a norm": lambda x, y, w, e: torch.native_layer_norm(x, (8,), w, w, EPS)[1],
     "centre of another tensor": lambda x, y, w, e: (x - y.mean(-1, keepdim=True)) * torch.rsqrt(_variance(x) + EPS),
     "variance of another tensor": lambda x, y, w, e: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(_variance(y) + EPS),
     "unbiased variance": lambda x, y, w, e: (x - x.mean(-1, keepdim=True)) * torch.rsqrt(x.var(-1, keepdim=True) + EPS),
@@ -142,6 +185,10 @@ NEAR = {
     "two dimensions": lambda x, y, w, e: F.layer_norm(x, (8, 8), None, None, EPS) * w,
 }
 """None of these is a LayerNorm over the last dimension; sizes are equal, so that only the spelling tells."""
+
+
+def _mean(x: Any) -> Any:
+    return x.mean(-1, keepdim=True)
 
 
 def _variance(x: Any, dim: int = -1) -> Any:

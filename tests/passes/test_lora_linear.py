@@ -152,6 +152,10 @@ NEAR = {
     "a merged update of full rank": lambda x, w, a, b, s: F.linear(x, w + w @ (a.T @ a)),
     "a merged update with a scale for each row": lambda x, w, a, b, s: F.linear(x, w + (b @ a) * w[:, :1]),
     "a merged update that the weight is taken off": lambda x, w, a, b, s: F.linear(x, b @ a - w),
+    "an adapter of full rank in one matrix": lambda x, w, a, b, s: F.linear(x, w) + F.linear(x, w @ (a.T @ a)),
+    "one matrix that something is taken off": lambda x, w, a, b, s: F.linear(x, b @ a) - F.linear(x, w),
+    "one matrix alone": lambda x, w, a, b, s: F.linear(x, b @ a) * 2.0,
+    "another adapter for each row": lambda x, w, a, b, s: F.linear(x, w) + torch.bmm(x, x.mT @ x) @ a.T @ b.T[:, :1],
     "broadcast": lambda x, w, a, b, s: F.linear(x[:1], w) * 1.0 + F.linear(F.linear(x, a), b),
     "broadcast, taken off": lambda x, w, a, b, s: F.linear(x[:1], w) * 1.0 - F.linear(F.linear(x, a), b),
 }
@@ -175,6 +179,14 @@ MERGED = {
     "W - BA/t": lambda x, w, a, b, c: F.linear(x, w - (b @ a) / b.new_full((), 3.0), c),
     "BA/d·s + W": lambda x, w, a, b, c: torch.matmul(x, ((b @ a) / 4 * 2 + w).t()) + c,
     "einsum": lambda x, w, a, b, c: torch.einsum("...i,oi->...o", x, w + (b @ a) * 2),
+    "addmm": lambda x, w, a, b, c: F.linear(x, torch.addmm(w, b, a, alpha=0.5), c),
+    "(Wᵀ + AᵀBᵀ)": lambda x, w, a, b, c: x @ (w.T + a.T @ b.T * 0.5) + c,
+    "W + (AᵀBᵀ)ᵀ": lambda x, w, a, b, c: F.linear(x, w + (a.T @ b.T).T * 0.5, c),
+    "W + (s·AᵀBᵀ)ᵀ": lambda x, w, a, b, c: F.linear(x, w + (0.5 * (a.T @ b.T)).T, c),
+    "(Wᵀ - (BA)ᵀ)": lambda x, w, a, b, c: x @ (w.T - (b @ a).T),
+    "y + x(BA)ᵀ": lambda x, w, a, b, c: F.linear(x, w, c) + F.linear(x, b @ a) * 0.5,
+    "y - x(AᵀBᵀ)": lambda x, w, a, b, c: F.linear(x, w, c) - x @ (a.T @ b.T) / 3,
+    "x(BA)ᵀ + y": lambda x, w, a, b, c: torch.matmul(x, (b @ a).T) + x @ w.T,
 }
 """The adapter is added to the weight, whose copy is then multiplied with x."""
 
@@ -185,6 +197,68 @@ def test_adapters_merged_in_the_graph(name: str) -> None:
     inputs |= {"b": normal(3, OUT, RANK, grad=True), "c": normal(4, OUT)}
     module, _ = check(MERGED[name], inputs, RULES, count=1, terms=4 * IN, verify=True)
     assert "linear" not in targets(module) and "matmul" not in targets(module), module.graph
+
+
+TOGETHER = {
+    "baddbmm": lambda x, w, a, b, c: torch.baddbmm(F.linear(x, w, c), x @ a.T, b.T.expand(2, -1, -1), alpha=0.5),
+    "baddbmm, repeated": lambda x, w, a, b, c: torch.baddbmm(
+        F.linear(x, w), torch.bmm(x, a.T.unsqueeze(0).repeat(2, 1, 1)), b.T[None].repeat(2, 1, 1), beta=1.0
+    ),
+    "bmm": lambda x, w, a, b, c: F.linear(x, w) + torch.bmm(x @ a.T, b.T.expand(2, -1, -1)),
+    "einsum of three": lambda x, w, a, b, c: F.linear(x, w, c) + torch.einsum("bti,ri,or->bto", x, a, b) * 2,
+    "einsum of three, turned": lambda x, w, a, b, c: F.linear(x, w, c) + torch.einsum("...i,or,ri->...o", x, b, a),
+    "bias in the update": lambda x, w, a, b, c: F.linear(x, w) + F.linear(F.linear(x, a), b, c),
+}
+"""More than one product, or sum, in one operation."""
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_operations_that_do_more_than_one_thing(name: str) -> None:
+    inputs = {"x": normal(0, 2, 3, IN, grad=True), "w": normal(1, OUT, IN), "a": normal(2, RANK, IN, grad=True)}
+    inputs |= {"b": normal(3, OUT, RANK, grad=True), "c": normal(4, OUT, grad=True)}
+    module, _ = check(TOGETHER[name], inputs, RULES, count=1, terms=4 * IN, verify=True)
+    assert targets(module)[-1] == "lora_linear" and not {"bmm", "linear", "einsum"} & set(targets(module)), module.graph
+
+
+BIASED = {
+    "of B": lambda x, w, a, b, c, d, e: F.linear(x, w, c) + F.linear(F.linear(x, a), b, e) * 0.5,
+    "of B, not scaled": lambda x, w, a, b, c, d, e: F.linear(x, w, c) + (F.linear(x, a) @ b.T + e),
+    "of B, taken off": lambda x, w, a, b, c, d, e: F.linear(x, w, c) - 2 * F.linear(F.linear(x, a), b, e),
+    "of both": lambda x, w, a, b, c, d, e: F.linear(x, w, c) + F.linear(F.linear(x, a, d), b, e) * 3.0,
+    "of both, no bias of the base": lambda x, w, a, b, c, d, e: F.linear(F.linear(x, a, d), b, e) / 3 + F.linear(x, w),
+    "of both, columns": lambda x, w, a, b, c, d, e: x @ w.T + ((x @ a.T + d) @ b.T.contiguous() + e) * 2,
+    "scaled by a tensor": lambda x, w, a, b, c, d, e: (
+        F.linear(x, w, c) - F.linear(F.linear(x, a, d), b, e) * a.new_full((), 0.5)
+    ),
+    "divided by a tensor": lambda x, w, a, b, c, d, e: (
+        F.linear(x, w) + F.linear(F.linear(x, a), b, e) / a.new_full((), 3.0)
+    ),
+    "scaled for each feature": lambda x, w, a, b, c, d, e: (
+        F.linear(x, w, c) + F.linear(F.linear(x, a, d), b, e) * (c + 1)
+    ),
+    "scaled by a row": lambda x, w, a, b, c, d, e: (
+        F.linear(x, w) - F.linear(F.linear(x, a), b, e) * F.linear(b.new_ones(1, 1, RANK), b)
+    ),
+    "of another product": lambda x, w, a, b, c, d, e: x.tanh() @ w.T[:, :1] + F.linear(F.linear(x, a, d), b, e) * 0.5,
+    "of another base": lambda x, w, a, b, c, d, e: F.linear(x, w).tanh() + F.linear(F.linear(x, a, d), b, e) * 0.5,
+}
+"""Biases of the adapter."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", BIASED)
+def test_biases_of_the_adapter(name: str, dtype: torch.dtype) -> None:
+    inputs = {"x": normal(0, 2, 3, IN, grad=True), "w": normal(1, OUT, IN), "a": normal(2, RANK, IN, grad=True)}
+    inputs |= {"b": normal(3, OUT, RANK, grad=True), "c": normal(4, OUT)}
+    inputs |= {"d": normal(5, RANK, grad=True), "e": normal(6, OUT, grad=True)}
+    inputs = {n: t.detach().to(dtype).requires_grad_(t.requires_grad) for n, t in inputs.items()}
+    module, outcome = check(BIASED[name], inputs, RULES, terms=4 * IN, verify=True)
+    assert len(outcome.rewrites) == (name != "of another product"), (module.graph, outcome.refusals)
+
+
+def test_two_linears_with_biases_that_are_no_narrower_between() -> None:
+    inputs = {"x": normal(0, 2, 3, IN, grad=True), "a": normal(1, IN, IN), "b": normal(2, IN, IN), "d": normal(3, IN)}
+    check(lambda x, a, b, d: x + F.linear(F.linear(x, a, d), b, d), inputs, RULES, count=0, terms=4 * IN)
 
 
 def test_two_adapters_that_share_a_factor() -> None:

@@ -31,6 +31,7 @@ SQUARES = {
     "x·x": lambda x: x * x,
     "square": torch.square,
     "torch.pow": lambda x: torch.pow(x, 2.0),
+    "|x|²": lambda x: x.abs().pow(2),
 }
 MEANS = {
     "method": lambda s, n: s.mean(-1, keepdim=True),
@@ -63,6 +64,9 @@ WEIGHTS = {
     "1 + w": lambda w: 1 + w,
     "w + 1.0": lambda w: w + 1.0,
     "1 + w in float32": lambda w: 1.0 + w.float(),
+    "a row": lambda w: w.view(1, 1, -1),
+    "a row in float32": lambda w: w[None, None, :].float(),
+    "1 + w, a row": lambda w: 1 + w.unsqueeze(0).unsqueeze(0),
 }
 ORDERS = {
     "(x r) w": lambda x, r, w, back: back(x * r) * w,
@@ -70,6 +74,8 @@ ORDERS = {
     "cast last": lambda x, r, w, back: back(x * r * w),
     "x (r w)": lambda x, r, w, back: back(x * (r * w)),
     "(x w) r": lambda x, r, w, back: back((w * x) * r),
+    "expanded": lambda x, r, w, back: back(x * r.expand_as(x)) * w.expand_as(x),
+    "broadcast_to": lambda x, r, w, back: w * back(torch.broadcast_to(r, x.shape) * x),
     "in place": lambda x, r, w, back: back((x * r) * 1.0).mul_(w),
 }
 MORE = ("nothing", "square", "mean", "factor", "wide")
@@ -130,6 +136,9 @@ def test_every_spelling_becomes_one_operator(s: dict[str, Any]) -> None:
 
 NEAR = {
     "another tensor is normalized": lambda x, y, w, e: y * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w,
+    "two tensors multiplied by vecdot": lambda x, y, w, e: (
+        x * torch.rsqrt(torch.linalg.vecdot(x, y).unsqueeze(-1) / 4 + EPS) * w
+    ),
     "two tensors multiplied": lambda x, y, w, e: x * torch.rsqrt((x * y).mean(-1, keepdim=True) + EPS) * w,
     "another dimension": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).mean(-2, keepdim=True) + EPS) * w,
     "two dimensions": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).mean((-1, -2), keepdim=True) + EPS) * w,
@@ -175,6 +184,7 @@ LIBRARY = {
     "normalize, 1 + w": lambda x, w: F.normalize(x, p=2, dim=-1, eps=EPS) * 8**0.5 * (w + 1),
     "norm": lambda x, w: x / (x.norm(2, dim=-1, keepdim=True) * 8**-0.5 + EPS) * w,
     "norm over root": lambda x, w: w * (x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) / 8**0.5 + EPS)),
+    "vecdot": lambda x, w: x * torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) / 8 + EPS) * w,
     "sum": lambda x, w: x * w / torch.sqrt((x * x).sum(-1, keepdim=True) * (1 / 8) + EPS),
 }
 

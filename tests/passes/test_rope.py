@@ -27,6 +27,10 @@ HALVES = {
     "narrow": lambda x, d: (x.narrow(-1, 0, d // 2), torch.narrow(x, -1, d // 2, d // 2)),
     "tensor_split": lambda x, d: tuple(torch.tensor_split(x, 2, dim=3)[i] for i in range(2)),
     "tensor_split, indices": lambda x, d: tuple(x.tensor_split((d // 2,), -1)[i] for i in range(2)),
+    "unflatten": lambda x, d: tuple(x.unflatten(-1, (2, d // 2))[..., i, :] for i in range(2)),
+    "unbind": lambda x, d: tuple(x.unflatten(-1, (2, d // 2)).unbind(-2)[i] for i in range(2)),
+    "select": lambda x, d: tuple(x.unflatten(3, (2, -1)).select(3, i) for i in range(2)),
+    "in front": lambda x, d: tuple(x.unflatten(3, (2, -1)).movedim(-2, 0)[i] for i in range(2)),
 }
 PAIRS = {
     "steps": lambda x, d: (x[..., ::2], x[..., 1::2]),
@@ -34,6 +38,7 @@ PAIRS = {
     "unflatten": lambda x, d: tuple(x.unflatten(-1, (d // 2, 2))[..., i] for i in range(2)),
     "unbind": lambda x, d: tuple(x.unflatten(-1, (d // 2, 2)).unbind(-1)[i] for i in range(2)),
     "select": lambda x, d: tuple(x.unflatten(3, (-1, 2)).select(-1, i) for i in range(2)),
+    "in front": lambda x, d: tuple(x.unflatten(3, (-1, 2)).permute(4, 0, 1, 2, 3)[i] for i in range(2)),
 }
 NEGATIVES = {"-y": lambda y: -y, "neg": torch.neg}
 SUMS = {
@@ -49,6 +54,24 @@ INTERLEAVES = {
     "stack, flatten": lambda a, b: torch.stack((a, b), -1).flatten(-2),
     "stack, flatten to the last": lambda a, b: torch.stack([a, b], dim=-1).flatten(-2, -1),
     "stack, front": lambda a, b: torch.stack((a, b), dim=4).flatten(3),
+    "stack, moved": lambda a, b: torch.stack((a, b)).movedim(0, -1).flatten(-2),
+}
+CATS = {
+    "-1": lambda a, b: torch.cat((a, b), -1),
+    "3": lambda a, b: torch.cat([a, b], dim=3),
+    "stack": lambda a, b: torch.stack((a, b), -2).flatten(-2),
+    "stack, moved": lambda a, b: torch.stack((a, b)).permute(1, 2, 3, 0, 4).flatten(3),
+}
+COMPLEX = {
+    "complex": lambda a, b: torch.complex(a.contiguous(), b.contiguous()),
+    "stack": lambda a, b: torch.view_as_complex(torch.stack((a, b), -1)),
+}
+"""Complex numbers of the two parts of x."""
+REALS = {
+    "view": lambda z: tuple(torch.view_as_real(z)[..., i] for i in range(2)),
+    "attributes": lambda z: (z.real, z.imag),
+    "functions": lambda z: (torch.real(z), torch.imag(z)),
+    "unbind": lambda z: tuple(torch.view_as_real(z).unbind(-1)[i] for i in range(2)),
 }
 TURNS = {
     "one": lambda a, b, c, s: (a * c - b * s, b * c + a * s),
@@ -57,7 +80,7 @@ TURNS = {
     "back": lambda a, b, c, s: (a * c + b * s, b * c - a * s),
     "back, a negative": lambda a, b, c, s: (a * c + b * s, a * (-s) + b * c),
 }
-FORMS = ("rotate half", "two halves", "rotate pairs", "two of a pair", "complex")
+FORMS = ("rotate half", "two halves", "rotate pairs", "two of a pair", "complex", "complex halves", "complex pair")
 MORE = ("nothing", "rotated", "half")
 
 
@@ -67,10 +90,13 @@ def rotated(x: Any, cos: Any, sin: Any, s: dict[str, Any], size: int) -> tuple[A
     if form == "complex":
         z = torch.view_as_complex(x.float().unflatten(-1, (size // 2, 2)))
         return torch.view_as_real(z * cos).flatten(3), z.real
-    wide = x.float() if s["widen"] else x
+    wide = x.float() if s["widen"] or form.startswith("complex") else x
     from_pairs = pairs != (s["sorted"] and form.startswith("two"))
     first, second = (PAIRS[s["pairs"]] if from_pairs else HALVES[s["halves"]])(wide, size)
-    join = INTERLEAVES[s["interleave"]] if pairs else lambda a, b: torch.cat((a, b), dim=s["cat"])
+    join = (INTERLEAVES if pairs else CATS)[s["interleave" if pairs else "cat"]]
+    if form.startswith("complex"):
+        z = COMPLEX[s["complex"]](first, second) * cos
+        return join(*REALS[s["reals"]](z)), z.real
     if form.startswith("rotate"):
         turned = join(NEGATIVES[s["negative"]](second), first)
         return SUMS[s["sum"]](wide, turned, cos, sin), turned
@@ -91,7 +117,9 @@ spellings = st.fixed_dictionaries(
         "turn": st.sampled_from(sorted(TURNS)),
         "sorted": st.booleans(),
         "interleave": st.sampled_from(sorted(INTERLEAVES)),
-        "cat": st.sampled_from((-1, 3)),
+        "cat": st.sampled_from(sorted(CATS)),
+        "complex": st.sampled_from(("complex", "stack")),
+        "reals": st.sampled_from(sorted(REALS)),
         "more": st.sampled_from(MORE),
         "batch": st.sampled_from((1, 2)),
         "length": st.sampled_from((0, 1, 3)),
@@ -113,7 +141,7 @@ def spelt(s: dict[str, Any]) -> Any:
         if s["rest"] and s["form"] == "two halves" and s["at once"]:
             first, second = x[..., : size // 2], x[..., size // 2 : size]
             turned = [t.to(s["dtype"]) for t in TURNS[s["turn"]](first, second, cos, sin)]
-            return torch.cat((*turned, x[..., size:]), s["cat"]), first
+            return torch.cat((*turned, x[..., size:]), -1), first
         part, rest = (x[..., :size], x[..., size:]) if s["rest"] else (x, None)
         y, inner = rotated(part, cos, sin, s, size)
         y = y.to(s["dtype"]) if s["narrow"] or rest is not None else y
@@ -121,7 +149,7 @@ def spelt(s: dict[str, Any]) -> Any:
 
     def both(q: Any, k: Any, cos: Any, sin: Any) -> Any:
         cos, sin = (t.unsqueeze(1) if s["table"] == "per row" else t for t in (cos, sin))
-        cos = torch.complex(cos, sin) if s["form"] == "complex" else cos
+        cos = torch.complex(cos, sin) if s["form"].startswith("complex") else cos
         (a, inner), (b, _) = one(q, cos, sin), one(k, cos, sin)
         return (a, b, inner) if s["more"] == "rotated" else (a, b)
 
@@ -131,7 +159,7 @@ def spelt(s: dict[str, Any]) -> Any:
 def inputs_of(s: dict[str, Any]) -> dict[str, Any]:
     """q, k and tables whose halves differ."""
     size = s["size"] if s["form"].startswith("rotate") else s["size"] // 2
-    kind = torch.float32 if s["table_dtype"] == "float32" or s["form"] == "complex" else s["dtype"]
+    kind = torch.float32 if s["table_dtype"] == "float32" or s["form"].startswith("complex") else s["dtype"]
     shape = (s["batch"], s["length"], size) if s["table"] == "per row" else (s["length"], size)
     q, k = (
         normal(i, s["batch"], heads, s["length"], s["size"] + s["rest"], dtype=s["dtype"], grad=True)
@@ -203,14 +231,6 @@ def test_turned_the_other_way(name: str) -> None:
     assert names.count("rope") == 1 and names.count("neg") == 1, module.graph
 
 
-def test_complex_numbers_that_are_only_scaled_are_left_alone() -> None:
-    def scaled(x: Any, c: Any) -> Any:
-        return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (2, 2))) * c).flatten(-2)
-
-    _, outcome = check(scaled, {"x": normal(0, 2, 3, 4), "c": normal(1, 3, 2)}, RULES, count=0)
-    assert "scaled" in outcome.refusals[0].reason
-
-
 def test_tables_made_anew_for_each_tensor() -> None:
     def one(x: Any, cos: Any, sin: Any) -> Any:
         cos, sin = cos.unsqueeze(1).to(x.dtype), sin.unsqueeze(1).to(x.dtype)
@@ -244,7 +264,8 @@ def test_tensors_that_differ_in_more_than_heads_are_not_paired() -> None:
 def test_each_form_is_verified(form: str) -> None:
     s: dict[str, Any] = {
         "form": form, "dtype": torch.bfloat16, "table_dtype": "float32", "widen": True, "narrow": True, "halves": "chunk",
-        "pairs": "steps", "negative": "-y", "sum": "torch.add", "turn": "one", "interleave": "stack, flatten", "cat": -1,
+        "pairs": "steps", "negative": "-y", "sum": "torch.add", "turn": "one", "interleave": "stack, flatten", "cat": "-1",
+        "complex": "stack", "reals": "attributes",
         "sorted": False, "more": "nothing", "batch": 2, "length": 3, "heads": (2, 4), "size": 4, "rest": 0, "table": "per row",
         "table_grad": False,
     }  # fmt: skip

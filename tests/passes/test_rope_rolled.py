@@ -20,6 +20,7 @@ ROLLS = {
     "torch.roll": lambda x, d: torch.roll(x, shifts=d // 2, dims=-1),
     "method": lambda x, d: x.roll(d // 2, -1),
     "the other way": lambda x, d: x.roll(-(d // 2), dims=3),
+    "halves flipped": lambda x, d: x.unflatten(-1, (2, d // 2)).flip(-2).flatten(-2),
     "further than around": lambda x, d: torch.roll(x, (d + d // 2,), (-1,)),
 }
 SIGNS = {

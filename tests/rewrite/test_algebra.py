@@ -21,10 +21,26 @@ from ..programs import function_of, inputs, programs
 
 SQUARES = (lambda x: (x * x).sum(-1, keepdim=True), lambda x: x.pow(2).mean(-1, keepdim=True))
 
+
+def columns_of(z: Any) -> tuple[Any, Any]:
+    """Real and imaginary parts, each with a dimension of size 1 behind."""
+    pairs = torch.view_as_real(z)
+    return pairs.split(1, -1)[0], pairs[..., 1:]
+
+
 EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "bias_added": [
         (lambda x, w, b: F.linear(x, w) + b, lambda x, w, b: F.linear(x, w, b)),
         (lambda x, w, b: b + x @ w.T, lambda x, w, b: F.linear(x, w, b)),
+    ],
+    "broadcast_by_hand": [
+        (lambda x: x[0, 0].view(1, 1, -1) * x, lambda x: x[0, 0] * x),
+        (lambda x: x + x[0, 0][None, None, :] * 3, lambda x: x + x[0, 0] * 3),
+        (lambda x: x - (1 + x[0, 0].unsqueeze(0).unsqueeze(0)), lambda x: x - (1 + x[0, 0])),
+        (lambda m, w, b: F.linear(m, w) + b[None], lambda m, w, b: F.linear(m, w, b)),
+        (lambda x, y: x * x.sum(-1, True).expand_as(y), lambda x, y: x * x.sum(-1, True)),
+        (lambda x, y: x * y[:1].expand(2, -1, -1).float(), lambda x, y: x * y[:1].float()),
+        (lambda x, y: y[0].broadcast_to(2, 3, 6) + x, lambda x, y: y[0] + x),
     ],
     "negative_addend": [
         (lambda x, y: x + (-y), lambda x, y: x - y),
@@ -51,6 +67,62 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x: 1 - x, lambda x: torch.rsub(x, 1)),
     ],
     "square_of_itself": [(lambda x: x * x, lambda x: x**2), (lambda x: x * x.double(), lambda x: torch.square(x))],
+    "complement_of_an_error": [(lambda x: torch.erfc(x), lambda x: 1 - torch.special.erf(x))],
+    "normal_distribution": [(lambda x: torch.special.ndtr(x), lambda x: (torch.erf(x * 0.5**0.5) + 1) * 0.5)],
+    "error_of_a_negative": [
+        (lambda x: torch.special.erfc(-x), lambda x: 1 + torch.erf(x)),
+        (lambda x: torch.erf(x * -0.5), lambda x: -torch.erf(x / 2)),
+        (lambda x: torch.erf(-x / 2), lambda x: -torch.erf(x / 2)),
+    ],
+    "factor_of_a_curve": [
+        (lambda x, y: x * (0.5 * (1 + torch.erf(y))), lambda x, y: (x * 0.5) * (1 + torch.erf(y))),
+        (lambda x, y: (1 + torch.tanh(y)) * 0.5 * x, lambda x, y: (x * 0.5) * (1 + torch.tanh(y))),
+        (lambda x, y: x * (1 + torch.erf(y)) / 2, lambda x, y: (x * 0.5) * (1 + torch.erf(y))),
+    ],
+    "curve_of_a_half": [
+        (lambda x, y: x / 2 + x / 2 * torch.tanh(y), lambda x, y: x / 2 * (torch.tanh(y) + 1)),
+        (lambda x, y: torch.addcmul(x / 2, torch.erf(y), x / 2), lambda x, y: x / 2 * (torch.erf(y) + 1)),
+    ],
+    "cube": [
+        (lambda x: x * x * x, lambda x: x**3),
+        (lambda x: 0.5 * x * x * x, lambda x: x.pow(3) * 0.5),
+        (lambda x: 0.5 * x * x, lambda x: x.square() * 0.5),
+    ],
+    "factored_cubic": [
+        (lambda x: x * 3 * (1 + 0.5 * x * x), lambda x: (x + x**3 * 0.5) * 3),
+        (lambda x: (0.5 * x * x + 1) * x, lambda x: x + x**3 * 0.5),
+    ],
+    "square_of_a_magnitude": [
+        (lambda x: x.abs() ** 2, lambda x: x * x),
+        (lambda x, y: (y - x.double()).neg().square(), lambda x, y: (y - x) ** 2),
+    ],
+    "dot_product": [
+        (lambda x, y: torch.linalg.vecdot(x, y), lambda x, y: (x * y).sum(-1)),
+        (lambda x: torch.linalg.vecdot(x, x, dim=2).unsqueeze(-1), lambda x: (x * x).sum(-1, True)),
+    ],
+    "normalized_of_three": [
+        (
+            lambda x, y: torch.native_layer_norm(x, (6,), y[0, 0], None, 1e-3)[0],
+            lambda x, y: F.layer_norm(x, (6,), y[0, 0], None, 1e-3),
+        )
+    ],
+    "one_group": [
+        (lambda m: F.group_norm(m, 1), lambda m: F.layer_norm(m, (6,))),
+        (lambda m: F.group_norm(m, 1, m[0], m[1], 1e-3), lambda m: F.layer_norm(m, (6,), m[0], m[1], 1e-3)),
+    ],
+    "mean_taken_off_last": [
+        (
+            lambda x, y: x * (x.abs().rsqrt() * y) + (y - x.mean(-1, True) * y * x.abs().rsqrt()),
+            lambda x, y: (x - x.mean(-1, True)) * x.abs().rsqrt() * y + y,
+        ),
+    ],
+    "scaled_mean_taken_off": [
+        (lambda x, y: x * y - y * x.mean(-1, keepdim=True), lambda x, y: (x - x.mean(-1, True)) * y),
+        (
+            lambda x, y: y + x * y - x.double().mean(-1, keepdim=True) * y,
+            lambda x, y: (x - x.mean(-1, True)) * y + y,
+        ),
+    ],
     "root_of_a_mean": [(lambda x: (x * x).sum(-1, True).sqrt() * 6**-0.5, lambda x: (x * x).mean(-1, True).sqrt())],
     "negative_operand": [(lambda x, w: F.linear(-x, w), lambda x, w: -F.linear(x, w))],
     "joined_operands": [
@@ -180,6 +252,7 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "reshaped": [
         (lambda x: x.view(2, 3, 6), lambda x: x.contiguous()),
         (lambda x, y: torch.stack((x, y), -1).flatten(-2), lambda x, y: torch.stack((x, y), 3).view(2, 3, 12)),
+        (lambda x, y: torch.stack((x, y, x), -2).flatten(-2), lambda x, y: torch.cat((x, y, x), -1)),
     ],
     "indexed": [
         (lambda x: x[..., :3], lambda x: x.chunk(2, -1)[0]),
@@ -187,8 +260,47 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
         (lambda x: x[..., 1::2], lambda x: x.view(2, 3, 3, 2)[..., 1]),
         (lambda x: x[..., 2:5], lambda x: x.split([2, 3, 1], -1)[1]),
         (lambda x: x.view(2, 3, 3, 2).unbind(-1)[0], lambda x: x[..., ::2]),
+        (lambda x: x.view(2, 3, 2, 3)[..., 1, :], lambda x: x[..., 3:]),
+        (lambda x: x.unflatten(-1, (3, 2))[:, :, -1, :], lambda x: x[..., 4:]),
+        (lambda x: x.unflatten(-1, (2, 3)).unbind(-2)[0], lambda x: x.chunk(2, -1)[0]),
+        (lambda x: x.view(2, 3, 2, 3)[..., 1], lambda x: x[..., 1::3]),
+        (lambda x: x.view(2, 3, 2, 3).movedim(-2, 0)[1], lambda x: x[..., 3:]),
+        (lambda x: x.view(2, 3, 3, 2).permute(3, 0, 1, 2).unbind(0)[1], lambda x: x[..., 1::2]),
+        (lambda x: torch.view_as_real(torch.complex(x, x))[..., 0], lambda x: torch.complex(x, x).real),
     ],
-    "selected": [(lambda x: x.view(2, 3, 3, 2).select(-1, 0), lambda x: x[..., ::2])],
+    "selected": [
+        (lambda x: x.view(2, 3, 3, 2).select(-1, 0), lambda x: x[..., ::2]),
+        (lambda x: x.view(2, 3, 2, 3).select(2, -1), lambda x: x[..., 3:]),
+        (lambda x: x.view(2, 3, 3, 2).movedim(3, 0).select(0, 1), lambda x: x[..., 1::2]),
+        (lambda x: torch.view_as_real(torch.complex(x, x)).select(-1, 1), lambda x: torch.complex(x, x).imag),
+    ],
+    "reshaped_as": [(lambda x: x.flatten().view_as(x), lambda x: x.flatten().reshape(2, 3, 6))],
+    "stacked_elsewhere": [
+        (lambda x, y: torch.stack((x, y)).movedim(0, -1), lambda x, y: torch.stack((x, y), -1)),
+        (lambda x, y: torch.stack((x, y, x)).permute(1, 2, 0, 3), lambda x, y: torch.stack((x, y, x), -2)),
+    ],
+    "halves_flipped": [
+        (lambda x: x.view(2, 3, 2, 3).flip(-2).flatten(-2), lambda x: torch.roll(x, 3, -1)),
+        (lambda x: torch.flip(x.unflatten(2, (2, 3)), (2,)).reshape(2, 3, 6), lambda x: x.roll(3, 2)),
+    ],
+    "parts_as_complex": [
+        (
+            lambda x: torch.complex(x[..., ::2], x[..., 1::2].contiguous()),
+            lambda x: torch.view_as_complex(x.unflatten(-1, (3, 2))),
+        )
+    ],
+    "parts_as_pairs": [
+        (
+            lambda x, y: torch.stack((torch.complex(x, y).real, torch.complex(x, y).imag), -1).flatten(-2),
+            lambda x, y: torch.view_as_real(torch.complex(x, y)).flatten(-2),
+        )
+    ],
+    "parts_as_halves": [
+        (
+            lambda x, y: torch.cat(columns_of(torch.complex(x, y)), -2).reshape(2, 3, 12),
+            lambda x, y: torch.cat((torch.complex(x, y).real, torch.complex(x, y).imag), -1),
+        )
+    ],
     "narrowed": [(lambda x: x.narrow(-1, 2, 3), lambda x: x[..., 2:5])],
     "rolled": [(lambda x: torch.roll(x, (4,), (2,)), lambda x: x.roll(4, -1))],
     "joined_by_writing": [
@@ -210,6 +322,10 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
     "product_and_sum": [
         (lambda m, w, b: torch.addmm(b, m, w.T), lambda m, w, b: F.linear(m, w, b)),
         (lambda m, w, b: torch.addmm(b, m, w.T, beta=2, alpha=0.5), lambda m, w, b: F.linear(m, w) * 0.5 + b * 2),
+        (
+            lambda x, w: torch.baddbmm(x @ w.T, x, w.T.expand(2, -1, -1), alpha=0.5),
+            lambda x, w: F.linear(x, w) * 0.5 + x @ w.T,
+        ),
     ],
     "merged_adapter": [
         (
@@ -232,17 +348,52 @@ EQUAL: dict[str, list[tuple[Callable[..., Any], Callable[..., Any]]]] = {
             lambda x, s, p, q, n: F.linear(x, s - (q @ p) / n),
             lambda x, s, p, q, n: F.linear(x, s) - F.linear(F.linear(x, p), q) / n,
         ),
+        (
+            lambda x, v, p, q, b: x @ (v + p.T @ q.T * 2) + b,
+            lambda x, v, p, q, b: x @ v + F.linear(F.linear(x, p), q) * 2 + b,
+        ),
+        (
+            lambda x, s, p, q: x @ (s.T - (q @ p).T),
+            lambda x, s, p, q: F.linear(x, s) - F.linear(F.linear(x, p), q),
+        ),
+        (
+            lambda x, s, p, q, b: F.linear(x, s + (p.T @ q.T * 0.5).T, b),
+            lambda x, s, p, q, b: F.linear(x, s, b) + F.linear(F.linear(x, p), q) * 0.5,
+        ),
+        (
+            lambda x, v, m, w, b: x @ (v + m[:2].T.contiguous() @ w[:2, :4].contiguous()),
+            lambda x, v, m, w, b: x @ v + x @ m[:2].T.contiguous() @ w[:2, :4].contiguous(),
+        ),
+    ],
+    "adapter_of_one_matrix": [
+        (lambda x, s, p, q: F.linear(x, s) + F.linear(x, q @ p), lambda x, s, p, q: F.linear(x, s) + x @ p.T @ q.T),
+        (
+            lambda x, s, p, q: F.linear(x, s) - 0.5 * (x @ (p.T @ q.T)),
+            lambda x, s, p, q: F.linear(x, s) - x @ p.T @ q.T * 0.5,
+        ),
+    ],
+    "bias_of_an_adapter": [
+        (
+            lambda x, s, p, q, b: F.linear(F.linear(x, p), q, b) + F.linear(x, s),
+            lambda x, s, p, q, b: F.linear(x, s, b) + F.linear(F.linear(x, p), q),
+        )
     ],
     "summed_products": [
         (lambda x, w: torch.einsum("bti,oi->bto", x, w), lambda x, w: F.linear(x, w)),
         (lambda x, v: torch.einsum("...i, io -> ...o", x, v), lambda x, v: x @ v),
         (lambda x, y: torch.einsum("...d,...d->...", x, y), lambda x, y: (x * y).sum(-1)),
+        (lambda x, y: torch.einsum("btd,btd->btd", x, y), lambda x, y: x * y),
+        (lambda x, p, q: torch.einsum("bti,ri,or->bto", x, p, q), lambda x, p, q: x @ p.T @ q.T),
+        (lambda x, p, q: torch.einsum("... i, o r, r i -> ... o", x, q, p), lambda x, p, q: x @ p.T @ q.T),
     ],
     "functional": [(lambda x: F.silu(x.clone(), inplace=False), lambda x: F.silu(x))],
     "sigmoid_times_itself": [(lambda x: x * torch.sigmoid(x), lambda x: F.silu(x)), (lambda x: x.sigmoid() * x, F.silu)],
     "matrix_product": [
         (lambda x, w: x @ w.T, lambda x, w: F.linear(x, w)),
         (lambda x, v: torch.matmul(x, v), lambda x, v: x @ v),
+        (lambda x, w: torch.bmm(x, w.T.expand(2, -1, -1)), lambda x, w: F.linear(x, w)),
+        (lambda x, v: x @ v.unsqueeze(0).repeat(2, 1, 1), lambda x, v: x @ v),
+        (lambda x, v: x @ v[None].expand(2, 6, 4), lambda x, v: x @ v),
     ],
     "linear_on_rows": [
         (lambda x, w: F.linear(x.view(-1, 6), w).view(2, 3, 4), lambda x, w: F.linear(x, w)),
@@ -377,6 +528,7 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "sqrt": torch.sqrt, "rsqrt": torch.rsqrt, "reciprocal": lambda x: 1 / x, "clamp_min": torch.clamp_min,
     "gt": lambda x, y: x > y, "ge": lambda x, y: x >= y, "chosen": torch.where, "logsumexp": torch.logsumexp,
     "relu": torch.relu, "silu": F.silu, "linear": F.linear, "sigmoid": torch.sigmoid,
+    "erf": torch.erf, "tanh": torch.tanh, "pow": torch.pow,
     "maximum": lambda x, y: torch.maximum(x, torch.as_tensor(y, dtype=x.dtype)),
     "transposed": lambda x: x.transpose(-1, -2),
     "mean": lambda x, dim=None, keepdim=False, *_: x.mean() if dim is None else x.mean(dim, keepdim),
@@ -386,6 +538,7 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "interleave": lambda a, b: torch.stack((a, b), -1).flatten(-2),
     "as_complex": lambda x: torch.view_as_complex(x.unflatten(-1, (-1, 2)).contiguous()),
     "from_complex": lambda z: torch.view_as_real(z).flatten(-2),
+    "real": torch.real, "imag": torch.imag, "complex": torch.complex,
     "cat": torch.cat, "stack": torch.stack, "roll": torch.roll,
     "rows": rows_chosen, "permuted": torch.permute,
     "picked": lambda x, index, how, smoothing: (
@@ -497,6 +650,31 @@ def test_pairs_as_complex_numbers_and_back() -> None:
 
 NEAR: dict[str, Callable[..., Any]] = {
     "a bias for each row": lambda m, w: F.linear(m, w) + m[:, :1],
+    "broadcasts that make the result larger": lambda x: (
+        x[:1] * x[:, :1].expand_as(x) + x[0, 0].view(1, 1, -1) * x[0, :1, 0] + x[0, 0][None] * x[0, :1, 0]
+    ),
+    "rows of other numbers": lambda x, k: (
+        x * x[0, :, :2].reshape(1, 6) + x * x[0, :, 0].view(1, -1, 1) + (x[..., :3] * x[0, 0][k[:1].mT]).sum()
+    ),
+    "no curves": lambda x, y: (
+        x * (0.5 * (2 + torch.erf(y))) + x * (y * (1 + torch.erf(y))) + (x + y * torch.tanh(x)) + (x / 2 + x * torch.erf(y))
+        + (1 + torch.erf(x)) * ((1 + torch.erf(y)) * 0.5) + 0.5 * ((1 + torch.tanh(x)) * (1 + torch.erf(x)))
+        + (0.5 * (1 + torch.tanh(x))) * (1 + torch.tanh(x)) + (x - x / 2 * torch.erf(y))
+    ),
+    "other cubics": lambda x, y: (
+        x * x * y + (0.5 * x * y) * x + x * (2 + 0.5 * x * x) + y * (1 + 0.5 * x * x) + x * (1 + x * x) + (x * x) * (x * x)
+    ),
+    "products of diagonals": lambda x: torch.einsum("tt,tt->t", x[0, :, :3], x[1, :, :3]),
+    "other means taken off": lambda x, y: (
+        (x * y - x.mean(-1, True) * x) + (x * y - y * x.mean(1, True)) + (x * y + (y - y.mean(-1, True) * y))
+        + torch.sub(x * y, y * x.mean(-1, True), alpha=2) + (x * y - 2 * y * x.mean(-1, True)) + (x - x.mean(-1, True))
+    ),
+    "groups of others": lambda x, m: F.group_norm(x.mT, 1).sum() + F.group_norm(m, 2) + F.group_norm(m[..., None], 1)[..., 0],
+    "moments of a norm": lambda x: torch.native_layer_norm(x, (6,), None, None, 1e-3)[1] + x,
+    "dot products over another dimension": lambda x, y: (
+        torch.linalg.vecdot(x, y, dim=1).sum() + torch.linalg.vecdot(x, y[0], dim=0)
+    ),
+    "squares of complex magnitudes": lambda x, y: torch.complex(x, y).abs() ** 2 + torch.complex(x, y).neg().square().real,
     "a scaled bias": lambda m, w, b: torch.add(F.linear(m, w), b, alpha=2),
     "a bias of another size": lambda m, w: F.linear(m, w[:1]) + w[:, 0],
     "a merged update of full rank": lambda x, s, w, v: F.linear(x, s + w @ v @ w),
@@ -552,6 +730,28 @@ NEAR: dict[str, Callable[..., Any]] = {
         + (0.5 * (0.9 * p.gather(-1, k)[..., 0] + 0.1 * p.mean(-1)) + 0.5 * p.mean(-1))
         + (0.9 * p.gather(-1, k)[..., 0] + 0.1 * p.mean())
     ),
+    "adapters of full rank": lambda x, s, p, q, w: (
+        F.linear(x, s) + F.linear(x, w @ w.T @ s) + x @ (w.T @ w)[:, :4] - F.linear(x, q @ q.T @ s)
+    ),
+    "a product of low rank and its bias": lambda x, p, q, b: F.linear(x, q @ p) + b,
+    "an adapter that something is taken off": lambda x, s, p, q: F.linear(x, q @ p) - F.linear(x, s),
+    "biases of others": lambda x, s, p, q, b: (
+        F.linear(x, s, b) + F.linear(F.linear(x, p), q, b) + (F.linear(x, s[:1]) + F.linear(F.linear(x, p), q, b))
+    ),
+    "another matrix for each": lambda x, y, v: (
+        x @ y.mT @ v[:3].expand(2, 3, 4) + x[:1] @ v.expand(2, 6, 4) + x @ v[here(x, torch.tensor, [[0] * 6, [1] * 6])]
+        + x @ v.unsqueeze(1).expand(6, 6, 4)[:2] + x @ v[:, None].expand(6, 6, 4)[1:3] + x @ v[:1].expand(2, 6, 4)
+        + x[..., :4] @ v[:4].unsqueeze(1).expand(4, 4, 4)[:2]
+    ),
+    "operands that are broadcast": lambda x, w, p, q: (
+        torch.einsum("bti,oi->bto", x, w[:, :1]) + torch.einsum("bti,oi->bto", x[..., :1], w)
+        + torch.einsum("...i,ri,or->...o", x, p[:, :1], q) + torch.einsum("bti,ri,or->bto", x, p, q[:, :1])
+    ),
+    "three operands otherwise": lambda x, p, q: (
+        torch.einsum("bti,ri,ri->bt", x, p, p).sum() + torch.einsum("bti,ri,ir->bti", x, p, p.T).sum()
+        + torch.einsum(x, [0, 1, 2], p, [3, 2]).sum()
+        + torch.einsum("bti,ri,or->bot", x, p, q).sum() + torch.einsum("bti,ri,or->btro", x, p, q).sum(2)
+    ),
     "merged updates of the other sign": lambda x, s, p, q: F.linear(x, q @ p - s) + F.linear(x, s + s[:, :1] * (q @ p)),
     "clamped on both sides": lambda x: x.clamp(-0.5, 0.5) + x.clamp(max=0.1),
     "other powers": lambda x: x**3 + 2.0**x + x.pow(0),
@@ -575,6 +775,35 @@ NEAR: dict[str, Callable[..., Any]] = {
     ),
     "written in whole numbers": lambda x, y: call(written, (x, y), ((0, 6, 1), (6, 12, 1)), 12, (0, 1, 2), torch.int64).double(),
     "no pairs": lambda x: x.view(2, 3, 2, 3)[..., 1] * x.view(6, 2, 3).select(-1, 0).view(2, 3, 2),
+    "pairs among other leading dimensions": lambda x: (
+        x.view(6, 3, 2)[..., 1].sum() + x.view(6, 3, 2).select(-1, 0) + x.view(2, 9, 2).unbind(-1)[0].view(6, 3)
+    ),
+    "entries of other dimensions": lambda x: (
+        x.view(2, 3, 2, 3)[:, 1, :, :].flatten(1) + x.view(2, 3, 2, 3)[:, 1].reshape(2, 6) + x.view(3, 2, 6)[..., 1, :].sum()
+        + x.view(2, 3, 2, 3).permute(2, 1, 0, 3)[0].reshape(2, 9)[:, :6] + x.view(36)[3] + x.view(12, 3)[2].sum()
+        + x.movedim(1, 0)[1] + x.view(2, 3, 2, 3).movedim(-1, 1)[1].sum() + x.view(2, 3, 2, 3).movedim((2, 3), (0, 1))[1].sum()
+    ),
+    "stacked and moved otherwise": lambda x, y: (
+        torch.stack((x, y)).movedim(1, -1).sum() + torch.stack((x, y)).permute(1, 3, 2, 0).flatten(-2)
+        + torch.stack((x, y), -2).view(2, 6, 6).mT.reshape(2, 6, 6)
+    ).sum() + torch.stack((x, y), 1).flatten(1, 2),
+    "flipped otherwise": lambda x: (
+        x.view(2, 3, 2, 3).flip(-1).flatten(-2) + x.view(2, 3, 3, 2).flip(-2).flatten(-2) + x.flip(-2)
+        + x.view(3, 2, 2, 3).flip(-2).view(2, 3, 6) + x.view(2, 3, 2, 3).flip(-1, -2).flatten(-2)
+        + x.view(6, 6).flip(0).view(2, 3, 6)
+    ),
+    "complex numbers of other parts": lambda x, y: torch.view_as_real(
+        torch.complex(x[..., 1::2], x[..., ::2]) + torch.complex(x[..., ::2], y[..., 1::2])
+        + torch.complex(x[..., :3], x[..., 3:])
+        + torch.view_as_complex(x.view(3, 2, 3, 2)).view(2, 3, 3) + torch.view_as_complex(torch.stack((x, y), -1))[..., :3]
+    ).flatten(-2),
+    "parts of other complex numbers": lambda x, y: (
+        torch.cat((torch.complex(x, y).imag, torch.complex(x, y).real), -1)
+        + torch.stack((torch.complex(x, y).imag, torch.complex(x, y).real), -1).flatten(-2)
+        + torch.stack((torch.complex(x, y).real, torch.complex(y, x).imag), -1).flatten(-2)
+        + torch.cat(columns_of(torch.complex(x, y))[::-1], -2).reshape(2, 3, 12)
+        + torch.view_as_real(torch.complex(x, y)).permute(0, 3, 1, 2).reshape(2, 3, 12)
+    ),
     "a narrowed leading dimension": lambda x: x.narrow(1, 1, 2)[:1] + x.narrow(0, 0, 1)[:, :2],
     "a stack in front": lambda x, y: torch.stack((x, y), 0).flatten(0, 1) + torch.stack((x, y, x, y), -1).view(4, 3, 12)[..., :6],
     "matrices of matrices": lambda x, y: x @ y.transpose(1, 2) + torch.bmm(x, y.mT),
