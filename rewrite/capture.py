@@ -107,7 +107,9 @@ class Session:
         """A graph that overwrites ``inputs`` is about to run for the first time."""
         if self._kept is not None:
             for each in inputs:
-                if isinstance(each, torch.nn.Parameter):
+                if (
+                    isinstance(each, torch.nn.Parameter) and each.is_floating_point()
+                ):  # packed weights are libraries' to store
                     self._kept.setdefault(id(each), (each, each.detach().clone()))
 
     def compile(self, module: fx.GraphModule, example_inputs: list[Any], rung: str = "graph") -> Callable[..., Any]:

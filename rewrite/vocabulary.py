@@ -155,8 +155,12 @@ SIGNATURES: dict[str, Signature] = {name: signature for name, signature, _ in _P
 SPELLINGS: dict[str, str] = {s: name for name, _, others in _PARSED for s in (name, *others)}
 
 _IN_PLACE_OPERATORS = {
-    getattr(operator, n) for n in ("iadd", "isub", "imul", "itruediv", "ipow", "iand", "ior", "setitem")
-}
+    getattr(operator, n)
+    for n in (
+        "iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "iand", "ior", "ixor", "ilshift", "irshift", "setitem",
+    )
+}  # fmt: skip
+_NAMED_LIKE_KEYWORDS = {operator.and_, operator.or_, operator.not_, operator.is_}
 
 
 def target_name(target: Any) -> str:
@@ -179,7 +183,7 @@ def operation(node: fx.Node) -> str:
 
 def is_in_place(node: fx.Node) -> bool:
     """Whether ``node`` overwrites its first argument."""
-    if node.op not in ("call_function", "call_method"):
+    if node.op not in ("call_function", "call_method") or node.target in _NAMED_LIKE_KEYWORDS:
         return False
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     if name.endswith("_") and not name.endswith("__"):

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
-from torch import Tensor
+from torch import Tensor, fx
 
 from weft.rewrite.pipeline import Rules
+from weft.rewrite.vocabulary import is_in_place
 
 from ..graphs import apply, assert_equal, cases, check, copied, here, normal, operations, record, targets, trace
 from ..programs import function_of, inputs, programs
@@ -27,6 +29,17 @@ def test_what_matches_is_replaced_and_what_nothing_reads_is_gone() -> None:
     (rewrite,) = outcome.rewrites
     assert (rewrite.rule, rewrite.nodes_removed, rewrite.nodes_added) == ("sine", 2, 1)
     assert rewrite.bytes_saved == 3 * 4 * 4 and rewrite.error is not None and rewrite.error <= 1
+
+
+@pytest.mark.parametrize("name", ["iadd", "ifloordiv", "imod", "ixor", "ilshift", "irshift", "ior", "setitem", "add_"])
+def test_what_overwrites(name: str) -> None:
+    node = fx.Graph().call_function(getattr(operator, name, torch.Tensor.add_), (fx.Graph().placeholder("x"), 1))
+    assert is_in_place(node)
+
+
+@pytest.mark.parametrize("name", ["and_", "or_", "not_", "is_", "add", "xor", "lshift"])
+def test_what_has_a_name_like_a_keyword_overwrites_nothing(name: str) -> None:
+    assert not is_in_place(fx.Graph().call_function(getattr(operator, name), (fx.Graph().placeholder("x"), 1)))
 
 
 def test_what_others_read_stays() -> None:

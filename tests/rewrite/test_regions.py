@@ -186,6 +186,7 @@ class Chain(nn.Module):
 
     def __init__(self, *last: nn.Module, kind: Any = Mlp) -> None:
         super().__init__()
+        torch.manual_seed(0)
         self.chain, self.last = nn.Sequential(nn.Embedding(11, 8), kind(), kind(), *last), nn.Linear(8, 11)
 
     def forward(self, ids: Tensor) -> Tensor:

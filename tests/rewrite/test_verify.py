@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from weft.rewrite import verify
 from weft.rewrite.exact import Float64, upcast
 from weft.rewrite.match import Match
 from weft.rewrite.pipeline import Rules
-from weft.rewrite.rule import call
+from weft.rewrite.rule import RewriteRule, call
 from weft.rewrite.verify import Replayer, small
 
 from ..graphs import apply, described, normal, operations, targets, trace
@@ -140,6 +141,48 @@ def test_verdicts_are_the_same_where_float64_is_computed_on_the_host(name: str) 
         assert bool(outcome.rewrites) == (not reason)
         assert all(reason in refusal.reason for refusal in outcome.refusals)
     assert asked == [torch.device("cpu")] * 3
+
+
+class Total(RewriteRule):
+    """Σ x  →  another sum"""
+
+    name = "total"
+
+    def __init__(self, total: Callable[[Tensor], Tensor]) -> None:
+        self.total = total
+
+    def pattern(self, x: Any) -> Any:
+        """One number of many."""
+        return x.sum()
+
+    def rewrite(self, m: Match, x: Any) -> Any:
+        """Summed otherwise."""
+        return call(self.total, x)
+
+
+def in_runs(x: Tensor) -> Tensor:
+    """As exact as torch's own sum."""
+    return x.view(-1, 5).sum(0).sum()
+
+
+def slightly_more(x: Tensor) -> Tensor:
+    """Off by a little."""
+    return x.flatten().cumsum(0)[-1] * (1 + 1e-4) + 1e-4
+
+
+@pytest.mark.parametrize(("total", "passes"), [(in_runs, 1.0), (slightly_more, 0.0)])
+def test_a_single_number_is_not_judged_by_one_lucky_draw(
+    total: Callable[[Tensor], Tensor], passes: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By one draw each of some forty losses would be refused, whose original happens to be exact there."""
+    found = {draws: list[bool]() for draws in (1, 8)}
+    for draws, results in found.items():
+        monkeypatch.setattr(verify, "DRAWS", draws)
+        for size in range(2, 62):
+            module = trace(lambda x: x.sum() * 2, {"x": normal(size, size, 35)})
+            results.append(bool(Rules("rules", (Total(total),)).run(module, Replayer()).rewrites))
+    share = {draws: sum(results) / len(results) for draws, results in found.items()}
+    assert share[8] == passes and (share[1] < 1.0), share
 
 
 def test_on_the_host_a_graph_names_no_other_device() -> None:
