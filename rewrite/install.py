@@ -156,7 +156,8 @@ class Installation:
 
     session: Session
     replaced: dict[str, InstalledForward] = field(default_factory=dict)
-    codes: list[tuple[types.CodeType, types.CodeType]] = field(default_factory=list)
+    codes: dict[Any, list[tuple[types.CodeType, types.CodeType]]] = field(default_factory=dict)
+    """By form of call, forwards' code and the copy of it that Dynamo keeps its graphs with."""
 
     def install(self, site: Site) -> None:
         """Replace the forward of one module."""
@@ -192,7 +193,7 @@ class Installation:
             self.install(site)
 
     def _region(self, site: Site, original: Callable[..., Any]) -> Callable[..., Any]:
-        compiled: dict[tuple[bool, ...], Any] = {(): self._compiled(original, self.codes)}
+        compiled = dict[Any, Any]()
         inline = [f for f in self.replaced.values() if isinstance(f, InlineForward)] if not site.alike else []
         # What these return may depend on their modes, which Dynamo does not look at: each has graphs of its own.
         told = [f.module for f in inline if set(f.kinds.values()) != {LIKE}]
@@ -212,10 +213,10 @@ class Installation:
                 given, named = swapped(args, kwargs, alias)
             try:
                 with session.inside(path, alias), dynamo_settings(), memory.running(path) if memory else nullcontext():
-                    modes = tuple([module.training for module in told])
-                    if modes not in compiled:
-                        compiled[modes] = self._compiled(original, [])
-                    result = widen_caches(compiled[modes](*given, **named))
+                    form = (*[module.training for module in told], len(given), frozenset(named))
+                    if form not in compiled:
+                        compiled[form] = self._compiled(original, form)
+                    result = widen_caches(compiled[form](*given, **named))
                 if alike is not None and alias is not None:
                     alike.met = alias.met
                 return result
@@ -225,8 +226,10 @@ class Installation:
 
         return run
 
-    def _compiled(self, original: Callable[..., Any], codes: list[tuple[types.CodeType, types.CodeType]]) -> Any:
-        captured = _with_code_of_its_own(original, codes)
+    def _compiled(self, original: Callable[..., Any], form: Any) -> Any:
+        """For calls of one form. Graphs of one code are compared with each call of it, and Dynamo (torch 2.13) fails over an
+        argument that a call lacks where it says which of the others are one tensor."""
+        captured = _with_code_of_its_own(original, self.codes.setdefault(form, []))
         return torch.compile(captured, backend=self.session.compiler, dynamic=True)
 
     def remove(self, path: str) -> None:

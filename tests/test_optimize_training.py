@@ -87,6 +87,18 @@ def test_the_calls_of_a_loop_and_of_a_collator_are_captured(cached: bool) -> Non
     assert get_compilation_metrics() == traced
 
 
+def test_calls_with_other_arguments_are_calls_of_their_own() -> None:
+    """Dynamo asked the mask of a call without one which tensors it is the same as."""
+    model = with_lora(llama(**SMALL))
+    plain = twin(model)
+    weft.optimize(model, verify=False)
+    ids = torch.randint(0, 31, (3, 11))
+    places = torch.arange(11).expand(3, -1)
+    for beside in ({"use_cache": False}, {"position_ids": places}, {"use_cache": False, "position_ids": places}):
+        for labels in (ids, ids.clone()):
+            assert_same(*(outcome(m, {"input_ids": ids, "labels": labels, **beside}) for m in (model, plain)))
+
+
 def test_parameters_frozen_and_thawed_after_optimizing() -> None:
     model = RootLoop().train()
     plain = twin(model)
