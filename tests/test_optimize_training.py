@@ -89,7 +89,7 @@ def test_the_calls_of_a_loop_and_of_a_collator_are_captured(cached: bool) -> Non
 
 def test_calls_with_other_arguments_are_calls_of_their_own() -> None:
     """Dynamo asked the mask of a call without one which tensors it is the same as."""
-    model = with_lora(llama(**SMALL))
+    model = llama(**SMALL).train()
     plain = twin(model)
     weft.optimize(model, verify=False)
     ids = torch.randint(0, 31, (3, 11))
