@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from .equation import Site, equation, is_number
+from .equation import Site, equation, is_number, shape_of
 from .expr import Expr, View, rank
-from .graph import sizes
 
 
 @equation("add", "sub", "mul")
@@ -34,10 +33,10 @@ def _unbroadcast(v: View, x: Any, beside: Any, inside: bool = False) -> Expr | N
         found = _unbroadcast(v, inner, beside, inside)
         return None if found is None else v.intern("cast", (found, *x.args[1:]))
     if _is_expanded(x, inner):
-        return inner if _shape(beside) == _shape(x) else None
+        return inner if shape_of(beside) == shape_of(x) else None
     if _is_row(x, inner):
         vector = inner if rank(inner) == 1 else _unbroadcast(v, inner, beside, inside=True)
-        return vector if (rank(beside) or 0) >= len(_shape(x)) else None
+        return vector if (rank(beside) or 0) >= len(shape_of(x)) else None
     return None
 
 
@@ -49,14 +48,10 @@ def _of_a_number_more(v: View, x: Expr, beside: Any) -> Expr | None:
     return None if None in parts else v.make(x.op, *parts)
 
 
-def _shape(x: Any) -> tuple[Any, ...]:
-    return sizes(x.node) if isinstance(x, Expr) and x.node is not None else ()
-
-
 def _is_expanded(x: Expr, inner: Expr) -> bool:
     """Whether ``x`` is ``inner`` with dimensions added in front, or with dimensions of size 1 repeated."""
     if x.op == "repeated":
-        return rank(inner) == rank(x) and all(isinstance(s, int) and s == 1 for s in _shape(inner)[x.args[2] :][:1])
+        return rank(inner) == rank(x) and all(isinstance(s, int) and s == 1 for s in shape_of(inner)[x.args[2] :][:1])
     return x.op in ("expand", "expand_as", "broadcast_to")
 
 
@@ -66,6 +61,6 @@ def _is_row(x: Expr, inner: Expr) -> bool:
     items = index if isinstance(index, tuple) else (index,)
     if x.op not in ("view", "unsqueeze", "getitem") or not all(i in (None, ..., slice(None)) for i in items):
         return False
-    before, after = _shape(inner), _shape(x)
+    before, after = shape_of(inner), shape_of(x)
     ones = all(isinstance(s, int) and s == 1 for s in (*before[:-1], *after[:-1]))
     return 0 < len(before) < len(after) and ones and before[-1] == after[-1]

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from .algebra_rows import rows_of, shape_of
-from .equation import Site, equation, from_the_end, is_number, numeric_factor, op_of, same
+from .algebra_rows import rows_of
+from .equation import Site, equation, from_the_end, is_number, numeric_factor, op_of, same, shape_of
 from .expr import Expr, View, last_size, strip_casts
 from .graph import dtype_of, sizes
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from .equation import Site, equation, from_the_end, op_of
+from .equation import Site, equation, from_the_end, op_of, shape_of
 from .expr import Expr, View, last_size, rank
 from .graph import autograd_body, sizes
 from .vocabulary import bind, operation
@@ -37,18 +37,14 @@ def matrix_product(v: View, at: Site, x: Any, y: Any) -> Expr | None:
 
 def _one_for_all(x: Expr, y: Expr) -> Expr:
     """The matrix that ``y`` repeats for each of the matrices in ``x``, if it is one; else ``y``."""
-    matrix, shape = y, _shape(y)
-    while matrix.op in ("expand", "repeated", "repeat", "unsqueeze", "getitem") and _shape(matrix)[-2:] == shape[-2:]:
+    matrix, shape = y, shape_of(y)
+    while matrix.op in ("expand", "repeated", "repeat", "unsqueeze", "getitem") and shape_of(matrix)[-2:] == shape[-2:]:
         new = matrix.args[1] if matrix.op == "getitem" else None
         if any(i is not None and i != slice(None) for i in (new if isinstance(new, tuple) else (new,))):
             return y
         matrix = matrix.args[0]
-    alike = _shape(matrix) == shape[-2:] and len(shape) > 2 and _shape(x)[:-2] == shape[:-2]
+    alike = shape_of(matrix) == shape[-2:] and len(shape) > 2 and shape_of(x)[:-2] == shape[:-2]
     return matrix if alike else y
-
-
-def _shape(x: Any) -> tuple[Any, ...]:
-    return sizes(x.node) if isinstance(x, Expr) and x.node is not None else ()
 
 
 @equation("squeeze")
@@ -130,7 +126,7 @@ def _is_broadcast(terms: Sequence[str], operands: Sequence[Any]) -> bool:
     single = dict[str, bool]()
     for term, x in zip(terms, operands, strict=False):
         front, _, back = term.partition("…")
-        places = [*zip(front, _shape(x), strict=False), *zip(reversed(back), reversed(_shape(x)), strict=False)]
+        places = [*zip(front, shape_of(x), strict=False), *zip(reversed(back), reversed(shape_of(x)), strict=False)]
         if any(single.setdefault(c, _is_one(size)) != _is_one(size) for c, size in places):
             return True
     return False

@@ -12,16 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .equation import Site, equation, from_the_end, is_number, op_of
+from .equation import Site, equation, from_the_end, is_number, op_of, shape_of
 from .expr import Expr, View, rank, strip_casts
-from .graph import sizes, value
+from .graph import value
 
 Step = tuple[Any, ...]
-
-
-def shape_of(x: Any) -> tuple[Any, ...]:
-    """The shape of what ``x`` computes; () where no node does."""
-    return sizes(x.node) if isinstance(x, Expr | Site) and x.node is not None else ()
 
 
 @equation("log_softmax")

@@ -116,7 +116,7 @@ class Session:
         """Dynamo's backend: rewrite ``module``. Never fails: what cannot be rewritten runs as captured, and is reported."""
         started = time.perf_counter()
         record = GraphRecord(RegionRecord([], rung))
-        anchors, writes = find_anchors(module), _written_inputs(module.graph)
+        anchors, writes = find_anchors(module), g.written_inputs(module.graph)
         function: Callable[..., Any] = module.forward
         original = fx.GraphModule(module, module.graph)
         original.graph = _copy(module.graph)
@@ -231,11 +231,6 @@ class CapturedGraph:
         for known, new in ((region.paths, path), (region.places, place)):
             if new not in known:
                 known.append(new)
-
-
-def _written_inputs(graph: fx.Graph) -> list[int]:
-    written = g.written_to(graph)
-    return [i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder") if n in written]
 
 
 def _copy(graph: fx.Graph) -> fx.Graph:

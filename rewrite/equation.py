@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import fx
 
 from .expr import Expr, rank, strip_casts
+from .graph import sizes
 
 
 class Site(NamedTuple):
@@ -40,6 +41,11 @@ def equation(*ops: str) -> Callable[[Equation], Equation]:
 def is_number(x: Any) -> bool:
     """Whether ``x`` is a plain number, a Python constant of the graph."""
     return isinstance(x, int | float) and not isinstance(x, bool)
+
+
+def shape_of(x: Any) -> tuple[Any, ...]:
+    """The shape of what ``x`` computes; () where no node does."""
+    return sizes(x.node) if isinstance(x, Expr | Site) and x.node is not None else ()
 
 
 def same(x: Any, y: Any) -> bool:

@@ -225,6 +225,12 @@ def written_to(graph: fx.Graph) -> set[fx.Node]:
     return set[fx.Node]().union(*map(overwritten, graph.nodes))
 
 
+def written_inputs(graph: fx.Graph) -> list[int]:
+    """The positions of the inputs that something in ``graph`` may overwrite."""
+    written = written_to(graph)
+    return [i for i, n in enumerate(n for n in graph.nodes if n.op == "placeholder") if n in written]
+
+
 def context_of(graph: fx.Graph) -> dict[fx.Node, Any]:
     """For each node, the gradient and autocast modes that the graph put in force before it: equal where they are the same.
 

@@ -21,7 +21,7 @@ from torch.fx.graph import _BoxedCodeGen
 from torch.utils.checkpoint import CheckpointPolicy
 
 from .gradient_sums import with_sums
-from .graph import written_to
+from .graph import written_inputs
 from .remat import INFINITE, Operation, Problem
 from .sizes import Evaluate, storages, value_bytes
 
@@ -81,10 +81,8 @@ class JointGraph:
     def only_once(self, joint: fx.Graph) -> set[fx.Node]:
         """The calls of a joint graph's forward that would compute something else a second time: what is random, and what reads
         an input that the forward overwrites."""
-        written = written_to(self.module.graph)
-        given = [n for n in self.module.graph.nodes if n.op == "placeholder"]
         primals = [n for n in joint.nodes if _is_primal(n)]
-        stale = {primal for primal, node in zip(primals, given, strict=False) if node in written}
+        stale = {primals[i] for i in written_inputs(self.module.graph) if i < len(primals)}
         found = set[fx.Node]()
         for node in forward_nodes(joint):
             if stale.intersection(node.all_input_nodes):
