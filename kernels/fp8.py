@@ -239,8 +239,11 @@ def _turned(x: Tensor, out: Tensor, scales: Tensor) -> None:
     second[(across, down)](x, largest, out, scales, *sizes, **tile)
 
 
-def multiply(left: Quantized, right: Quantized, dtype: torch.dtype, bias: Tensor | None = None) -> Tensor:
-    """left · rightᵀ + bias, contiguous, from (m, k) and (n, k); k and n are divisible by :data:`MULTIPLE`.
+def multiply(
+    left: Quantized, right: Quantized, dtype: torch.dtype, bias: Tensor | None = None, out: Tensor | None = None
+) -> Tensor:
+    """left · rightᵀ + bias, contiguous, from (m, k) and (n, k); k and n are divisible by :data:`MULTIPLE`. It is written to
+    ``out``, (m, n) and contiguous, if that is of the dtype that the product has.
 
     The matrix units round the result to bfloat16, whatever ``dtype`` it is then given in. On a CPU, and on GPUs without
     FP8, it is computed in float32 and rounded once.
@@ -248,6 +251,7 @@ def multiply(left: Quantized, right: Quantized, dtype: torch.dtype, bias: Tensor
     (x, x_scale), (w, w_scale) = left, right
     if x.is_cuda and x.numel() and w.numel() and not missing(x.device):
         scales, options = (x_scale[:, None], w_scale[None, :]), {"use_fast_accum": FAST_ACCUMULATION}
+        options |= {"out": out} if out is not None and out.dtype == torch.bfloat16 else {}
         y = torch._scaled_mm(x, w.t(), *scales, out_dtype=torch.bfloat16, **options)  # pyright: ignore
     else:
         y = (x.float() @ w.float().t()).mul_(w_scale).mul_(x_scale[:, None])

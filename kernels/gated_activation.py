@@ -185,11 +185,28 @@ def _gated_activation_backward(
         dgate, dup = _plain_backward(grad, gate, up, activation, needs_up)
         return dgate.to(gate.dtype).contiguous(), dup.to(up_dtype).contiguous()
     dgate, dup = _gated_activation_backward_fake(grad, gate, up, activation, needs_up, up_dtype)
+    return _launch_backward(grad, gate, up, activation, dgate, dup, needs_up)
+
+
+def _launch_backward(
+    grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, dgate: Tensor, dup: Tensor, needs_up: bool
+) -> tuple[Tensor, Tensor]:
     if grad.numel():
         tensors = [gate, gate if up is None else up, grad, gate if up is None else dgate, dup if needs_up else gate]
         flags = {"NEEDS_GATE": up is not None, "NEEDS_UP": needs_up}
         _launch(_backward, tensors, grad.shape[-1], ACTIVATION=activation, ORDER="apart", **flags)
     return dgate, dup
+
+
+@_gated_activation_backward.register_overwriting("gate", "up")
+def _(
+    grad: Tensor, gate: Tensor, up: Tensor | None, activation: str, needs_up: bool, up_dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    # a program reads an element of these two before it writes there, and no other program does
+    alike = up is not None and needs_up and up.dtype == gate.dtype and up.is_contiguous() and gate.is_contiguous()
+    if up is None or not alike or not _on_triton(grad, gate):
+        return _gated_activation_backward(grad, gate, up, activation, needs_up, up_dtype)
+    return _launch_backward(grad, gate, up, activation, gate, up, True)
 
 
 @_gated_activation_backward.register_fake

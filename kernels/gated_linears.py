@@ -205,10 +205,27 @@ def _gated_update_backward(
         x, u = _sums(gate, up, t, b_gate, b_up, scales, compute_dtype(gate))
         dup = A.ACTIVATION[activation](x).mul_(grad).to(gate.dtype)
         return A.CHAIN[activation](grad * u, x).to(gate.dtype), dup
-    dgate, dup = (torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (gate, up))
+    out = [torch.empty(y.shape, dtype=y.dtype, device=y.device) for y in (gate, up)]
+    return _launch_backward(out, grad, gate, up, t, b_gate, b_up, scales, activation)
+
+
+def _launch_backward(
+    out: list[Tensor], grad: Tensor, gate: Tensor, up: Tensor, t: Tensor, b_gate: Tensor, b_up: Tensor, scales: Any,
+    activation: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     if grad.numel():
-        _launch(_backward, BACKWARD, [grad, gate, up], t, [b_gate, b_up], [dgate, dup], scales, activation)
-    return dgate, dup
+        _launch(_backward, BACKWARD, [grad, gate, up], t, [b_gate, b_up], out, scales, activation)
+    return out[0], out[1]
+
+
+@_gated_update_backward.register_overwriting("gate", "up")
+def _(
+    grad: Tensor, gate: Tensor, up: Tensor, t: Tensor, b_gate: Tensor, b_up: Tensor, scales: Any, activation: str
+) -> tuple[Tensor, Tensor]:
+    # a program reads each of its elements, of these two before it writes there, and no other program does
+    if not _on_triton(gate, t) or not (gate.is_contiguous() and up.is_contiguous()):
+        return _gated_update_backward(grad, gate, up, t, b_gate, b_up, scales, activation)
+    return _launch_backward([gate, up], grad, gate, up, t, b_gate, b_up, scales, activation)
 
 
 @_gated_update_backward.register_fake

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from .cross_entropy_rows import RowLoss, check_labels, rows_torch, rows_triton
 from .dispatch import compute_dtype, use_triton
-from .operator import operator
+from .operator import most_at_once, operator
 from .toolchain import tl, triton
 
 Reduction = Literal["mean", "sum", "none"]
@@ -329,6 +329,7 @@ def _under_autocast(x: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+@most_at_once(CHUNK_BYTES)
 def linear_cross_entropy(
     x: Tensor,
     weight: Tensor,

@@ -132,9 +132,13 @@ def _outputs(rows: Tensor, linears: list[Linear], ts: list[Tensor], dtype: torch
 
 
 def backward(
-    dys: list[Tensor], x: Tensor | None, t: Tensor | None, linears: list[Linear], dtype: torch.dtype, needs: list[bool]
-) -> list[Tensor]:
-    """The gradients that ``needs`` names: of x, then each linear's weight, bias, a, b, and z, the last in ``dtype``."""
+    dys: list[Tensor], x: Tensor | None, t: Tensor | None, linears: list[Linear], dtype: torch.dtype, needs: list[bool],
+    over: Tensor | None = None,
+) -> list[Tensor]:  # fmt: skip
+    """The gradients that ``needs`` names: of x, then each linear's weight, bias, a, b, and z, the last in ``dtype``.
+
+    dx is written to ``over`` if that is given, and can hold it; it may be x, which is read before.
+    """
     rows, lead = [matrix(dy) for dy in dys], dys[0].shape[:-1]
     grads: dict[int, Tensor] = {}
     gs: dict[int, Tensor] = {}
@@ -156,15 +160,17 @@ def backward(
         if needs[z]:
             grads[z] = shaped(gs[i] @ linear.a.to(dtype), *lead, linear.layout.in_features)
         column += linear.rank
-    if needs[0]:
-        grads[0] = shaped(_x_gradient(rows, linears, gs, dtype), *lead, linears[0].layout.in_features)
     grads |= _a_gradients(x, linears, gs, dtype, needs)
+    if needs[0]:
+        grads[0] = shaped(_x_gradient(rows, linears, gs, dtype, over), *lead, linears[0].layout.in_features)
     return [grads[i] for i, need in enumerate(needs) if need]
 
 
-def _x_gradient(rows: list[Tensor], linears: list[Linear], gs: dict[int, Tensor], dtype: torch.dtype) -> Tensor:
+def _x_gradient(
+    rows: list[Tensor], linears: list[Linear], gs: dict[int, Tensor], dtype: torch.dtype, over: Tensor | None = None
+) -> Tensor:
     """dx of all linears, summed in one buffer; one dequantized weight lives at a time."""
-    dx = x_gradient(rows[0], linears[0].weight, linears[0].layout)
+    dx = x_gradient(rows[0], linears[0].weight, linears[0].layout, over)
     for dy, linear in zip(rows[1:], linears[1:], strict=True):
         if fp8.serves(dy, linear.layout):
             dx.add_(x_gradient(dy, linear.weight, linear.layout))

@@ -15,7 +15,7 @@ times: 60 to 200 microseconds on the host, more than the kernel takes in decodin
 Two ways lead to the function. The dispatcher's is taken wherever somebody watches: a compiler, a fake tensor, a mode, a
 transform, a profiler. Where nobody does, a call goes to the function at once, or to the ``autograd.Function`` around it, both
 below autograd as behind the dispatcher. A graph that is run, and names the operator, finds this way as the operator's attribute
-``direct``.
+``direct``; and what may write results over operands that it no longer needs, as ``overwriting``.
 """
 
 from __future__ import annotations
@@ -57,6 +57,17 @@ def operator(name: str, adds: str | None = None) -> Callable[[Callable[P, R]], O
         return made
 
     return register
+
+
+def most_at_once(bytes: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Says of the decorated function, whose first arguments are x and a weight, that it takes the product of both in parts: its
+    attribute ``most_at_once`` is the most bytes of one."""
+
+    def mark(function: Callable[P, R]) -> Callable[P, R]:
+        setattr(function, "most_at_once", bytes)  # noqa: B010 (no type checker knows the attribute)
+        return function
+
+    return mark
 
 
 class Operator(Generic[P, R]):
@@ -103,6 +114,27 @@ class Operator(Generic[P, R]):
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., None]) -> None:
         """Registers the gradients, as :func:`torch.library.register_autograd` does."""
         self.backward, self.setup_context = backward, setup_context
+
+    def register_overwriting(self, *arguments: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """Registers what computes the same, and may write its results where these arguments, tensors, lie.
+
+        A graph that is run finds it as the operator's attribute ``overwriting``, and the arguments' positions as ``overwritten``.
+        It calls it in a backward, of operands that nobody else has; where that backward may be run again, or is being recorded
+        to be, the operator itself is called.
+        """
+
+        def register(body: Callable[P, R]) -> Callable[P, R]:
+            def call(*args: Any) -> Any:
+                bare = None if _runs_again() or _watched() else _bare(args)
+                return self(*args) if bare is None else self._run(body, bare)  # pyright: ignore[reportCallIssue]
+
+            names = [a.name for a in self.overload._schema.arguments]
+            self.overload.overwritten = tuple(map(names.index, arguments))
+            self.overload.overwriting = call
+            call.__name__ = call.__qualname__ = self.name.removeprefix("weft::") + "_overwriting"
+            return body
+
+        return register
 
     def _below_dispatcher(self, keyset: Any, *args: Any) -> Any:
         """The kernel of the dispatch key Autograd."""
@@ -167,6 +199,13 @@ class _Node(torch.autograd.Function):
         found = me.backward(ctx, list(grads)) if me.returns_list else me.backward(ctx, *grads)
         found = found if isinstance(found, tuple) else (found,)
         return None, None, None, *(me.flatten(found) if ctx.lengths else found)
+
+
+def _runs_again() -> bool:
+    """Whether the backward that is running may run again on what was saved for it; also where none is running."""
+    autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
+    captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+    return captures or autograd._get_current_graph_task_keep_graph()
 
 
 def _watched() -> bool:

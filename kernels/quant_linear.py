@@ -77,12 +77,15 @@ def product(
     return F.linear(x, dense(weight, layout, x.dtype), bias)
 
 
-def x_gradient(dy: Tensor, weight: list[Tensor], layout: Layout) -> Tensor:
-    """dy · W for a matrix ``dy`` (rows, out_features), as a new contiguous (rows, in_features)."""
+def x_gradient(dy: Tensor, weight: list[Tensor], layout: Layout, over: Tensor | None = None) -> Tensor:
+    """dy · W for a matrix ``dy`` (rows, out_features), as a contiguous (rows, in_features): a new one, or ``over`` where that can
+    hold it."""
+    fits = over is not None and over.is_contiguous() and over.dtype == dy.dtype
+    out = over.view(dy.shape[0], layout.in_features) if fits and over is not None else None
     if fp8.serves(dy, layout):
         turned = fp8.quantize_rows(dense(weight, layout, dy.dtype).t())
-        return fp8.multiply(fp8.quantize_rows(dy), turned, dy.dtype)
-    return dy @ dense(weight, layout, dy.dtype)
+        return fp8.multiply(fp8.quantize_rows(dy), turned, dy.dtype, out=out)
+    return torch.mm(dy, dense(weight, layout, dy.dtype), out=out)
 
 
 @operator("weft::quant_linear")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -14,7 +15,7 @@ from .cuda_graphs import Recordings
 from .device_memory import free_bytes, here, host_memory, peak_bytes, resident_bytes
 from .joint import JointGraph
 from .offload import HostStore
-from .placement import BlockCosts, Option, Placement, options_within
+from .placement import BlockCosts, Option, Placement, options_within, thriftier
 from .rates import Rates, measured_rates
 from .recompute import BlockMemory, Head, MemoryPlan, activation, block_costs
 
@@ -23,6 +24,9 @@ ADAM_BYTES = 8
 
 FILLED = 0.95
 """Of the memory that is free, what may be planned with: the allocator's blocks do not fit together without gaps."""
+
+CHOICES = 8
+"""What was chosen in so many rooms is kept: what is resident differs between steps that log, or evaluate, and others."""
 
 REMEMBERED = 256
 """Sizes of calls whose options are kept. A call no larger than one that left room to save all is not looked at anew."""
@@ -52,7 +56,8 @@ class Trained:
 
 @dataclass(frozen=True)
 class Asked:
-    """What was chosen for which blocks (kept, so that they stay who they are) in which room."""
+    """What was chosen for which blocks (kept, so that they stay who they are), of which the last may save so much, in which
+    room."""
 
     who: list[int]
     blocks: list[BlockCosts]
@@ -96,8 +101,10 @@ class StepMemory:
     _store: HostStore | None = None
     _parameters: list[nn.Parameter] | None = None
     _trained: Trained | None = None
-    _asked: Asked | None = None
-    """The last choice."""
+    _asked: deque[Asked] = field(default_factory=lambda: deque(maxlen=CHOICES))
+    """The last choices, the newest first."""
+    _last_most: int | None = None
+    """Bytes that the last block may save, so that the head beside it takes no more than a backward; None: all."""
 
     def recount(self) -> None:
         """A graph was captured: the model may have other parameters than before, or train others."""
@@ -190,13 +197,17 @@ class StepMemory:
         given = activation(args)
         self._given = 0 if given is None else given.nbytes
         head = max((h.at(given.numel()) for h in self.heads), default=0) if given is not None else 0
-        working = max([costs.working, head + costs.options[0].bytes, *(self._costs[k].working for k in expected)])
-        working += self._beyond
+        backward = max([costs.working, *(self._costs[k].working for k in expected)])
+        working = max(backward, head + costs.options[0].bytes) + self._beyond
         least = working + len(self.paths) * costs.options[-1].bytes
         if limit != "min" and self.recordings is not None and self.recordings.count and limit - now < least:
             self.recordings.give_up()  # those of other sizes, most of them
             now = resident_bytes(self.parameters, self.model.buffers(), device)
         resident = now + self._pending(now)
+        self._last_most = None
+        if limit == "min" or resident + working + len(self.paths) * costs.options[0].bytes > limit:
+            self._last_most = max(backward - head, 0)
+            working = max(backward, head + thriftier(costs, self._last_most).options[0].bytes) + self._beyond
         spare = max(0, working - costs.options[0].bytes)
         self.plan = MemoryPlan(None if limit == "min" else limit, resident, working, before=former, spare=spare)
         self.plan.peak_before = peak_bytes(device)
@@ -258,16 +269,15 @@ class StepMemory:
             self.recordings.allowed = plan.predicted + recorded <= plan.limit
 
     def _within(self, blocks: list[BlockCosts], room: int | None, host: int) -> Placement:
-        """For the blocks of last time what was chosen then, if it is as good."""
+        """For the blocks of a former time what was chosen then, if it is as good."""
         assert self.plan is not None
-        who, spare = list(map(id, blocks)), self.plan.spare
-        if (
-            self._asked is None
-            or self._asked.who != who
-            or not self._asked.placement.still_fits(self._asked.room, room, host, spare)
-        ):
-            self._asked = Asked(who, blocks, room, options_within(blocks, room, host, spare))
-        return self._asked.placement
+        who, spare = [*map(id, blocks), -1 if self._last_most is None else self._last_most], self.plan.spare
+        for asked in self._asked:
+            if asked.who == who and asked.placement.still_fits(asked.room, room, host, spare):
+                return asked.placement
+        last = blocks[-1] if self._last_most is None else thriftier(blocks[-1], self._last_most)
+        self._asked.appendleft(Asked(who, blocks, room, options_within([*blocks[:-1], last], room, host, spare)))
+        return self._asked[0].placement
 
     def _pending(self, now: int) -> int:
         """Bytes that a step will add and keep: gradients that are not there, and before the first one the optimizer's state.

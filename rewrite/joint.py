@@ -22,8 +22,9 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from .gradient_sums import with_sums
 from .graph import written_inputs
+from .overwriting import Overwritten, overwritten
 from .remat import INFINITE, Operation, Problem
-from .sizes import Evaluate, storages, value_bytes
+from .sizes import Evaluate, is_part, storages, value_bytes
 
 Seconds = Callable[[fx.Node], float]
 Function = Callable[[list[Any]], Any]
@@ -91,11 +92,20 @@ class JointGraph:
                 found.add(node)
         return found
 
+    def overwritten(self, backward: fx.Graph) -> Overwritten:
+        """What calls of a backward may overwrite: not what was given to it or to the forward, nor what either returns."""
+        given = [n for n in backward.nodes if n.op == "placeholder" and n.name.startswith(("primals", "tangents"))]
+        returned = [
+            n for each in (self.graph, backward) if each is not None for n in each.output_node().all_input_nodes
+        ]
+        return overwritten(backward, {s for n in (*given, *returned) for s in storages(n.meta.get("val"))})
+
     def _backward(self, saved: frozenset[str] | None, module: fx.GraphModule) -> Callable[..., Any]:
         self.backward[saved] = module.graph
-        return self.recorded(_boxed(self.prepared(with_sums(module))), module.graph, True)
+        return self.recorded(_boxed(self.prepared(with_sums(module)), self.overwritten), module.graph, True)
 
     def _compiled(self, module: fx.GraphModule, _: Any = None) -> Callable[..., Any]:
+        _donate_nothing()
         return self.recorded(_boxed(self.prepared(module)), module.graph, False)
 
     def _partition(self, saved: frozenset[str] | None, joint: fx.GraphModule, inputs: Any, options: Any) -> Any:
@@ -113,6 +123,14 @@ class JointGraph:
         for node in (n for part in parts for n in part.graph.nodes if isinstance(n.target, _Undrawn)):
             node.target = node.target.operator
         return parts
+
+
+def _donate_nothing() -> None:
+    """Of the graph that AOTAutograd compiles now: what is saved and it takes for donated, it lets no backward keep (retain_graph),
+    whether its compiler overwrites that or not."""
+    found: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
+    if found is not None:
+        found.bw_donated_idxs = []
 
 
 def _captured(module: fx.GraphModule, inputs: Sequence[Any]) -> list[Any]:
@@ -150,16 +168,20 @@ def _copied(graph: fx.Graph) -> fx.Graph:
     return copied
 
 
-def _boxed(module: fx.GraphModule) -> Callable[..., Any]:
-    """Run node by node. The inputs come in a list that is emptied, so that each is freed after its last use.
+def _boxed(module: fx.GraphModule, over: Callable[[fx.Graph], Overwritten] = lambda _: {}) -> Callable[..., Any]:
+    """Run node by node. The inputs come in a list that is emptied, so that each is freed after its last use; ``over`` says which
+    calls write where their operands lay.
 
     An operator that offers a way past torch's dispatcher, as its attribute ``direct``, is called that way: what is run here has
     been traced, and nobody is left to watch it. ``module.graph`` still names the operators.
     """
     graph = _copied(module.graph)
     graph.set_codegen(_BoxedCodeGen())
+    overwriting = over(graph)
     for node in graph.nodes:
-        node.target = getattr(node.target, "direct", node.target) if node.op == "call_function" else node.target
+        if node.op == "call_function":
+            way = "overwriting" if node in overwriting else "direct"
+            node.target = getattr(node.target, way, node.target)
     function: Any = fx.GraphModule(module, graph).forward
 
     def run(arguments: list[Any]) -> Any:
@@ -235,16 +257,6 @@ def recompute_problem(graph: fx.Graph, once: Set[fx.Node], seconds: Seconds, of:
 def is_number(node: fx.Node) -> bool:
     """Whether a call computes no tensor."""
     return isinstance(node.meta.get("val"), torch.SymInt | torch.SymFloat | torch.SymBool | int | float | bool)
-
-
-def is_part(node: fx.Node) -> bool:
-    """One of several outputs of a call."""
-    first = node.args[0] if node.args else None
-    return (
-        getattr(node.target, "__name__", "") == "getitem"
-        and isinstance(first, fx.Node)
-        and not isinstance(first.meta.get("val"), Tensor)
-    )
 
 
 def is_view(node: fx.Node) -> bool:

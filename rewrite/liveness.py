@@ -17,7 +17,7 @@ def peak_bytes(
     Args:
         of: symbolic sizes as numbers.
         outside: inputs that are alive anyway, and are not counted.
-        extra: bytes that a call takes while it runs, besides its result.
+        extra: bytes that a call takes while it runs, besides its result; negative if that lies where an operand does.
     """
     last: dict[int, int] = {}
     size: dict[int, int] = {}

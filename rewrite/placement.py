@@ -69,6 +69,14 @@ class BlockCosts:
         return self.options[-1].all_away
 
 
+def thriftier(costs: BlockCosts, most: int) -> BlockCosts:
+    """A block with one option: the fastest that keeps no more than ``most`` bytes on the device and sends none away, or that
+    which keeps least."""
+    here = [o for o in costs.options if not o.host_bytes]
+    fitting = [o for o in here if o.bytes <= most] or [min(here, key=attrgetter("bytes"))]
+    return replace(costs, options=(one := (min(fitting, key=attrgetter("seconds")),)), narrow=one)
+
+
 def hull(options: Sequence[Option], price: float = 0.0) -> tuple[Option, ...]:
     """Those of decreasing return, where copying has this price: each step to fewer bytes costs more seconds a byte than the one
     before."""
@@ -89,7 +97,8 @@ def _bends(a: tuple[int, float, Option], b: tuple[int, float, Option], c: tuple[
 def choose_options(blocks: Sequence[Sequence[Option]], room: int, price: float = 0.0) -> list[Option]:
     """One option a block: the least time of those that fit into ``room`` bytes, or the fewest bytes if none does.
 
-    The last block saves all: its backward, which runs first, would have as much alive in any case.
+    The last block does as its first option says, which saves all if it has others: its backward, which runs first, would have as
+    much alive in any case.
 
     Args:
         blocks: the :func:`hull` of each block's options.

@@ -13,7 +13,7 @@ and the loss have alive beside all that is saved takes the place of the backward
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -52,8 +52,10 @@ def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpoint
     given = activation(args)
     held = 0 if given is None else given.numel() * given.element_size()
     inside = set(forward_nodes(joint.graph))
+    # where copies have something to hide behind, the device is what takes the time: launches are not counted
+    running: Callable[[fx.Node], float] = lambda node: node_seconds(node, of, replace(rates, call=0.0))  # noqa: E731
     forward, backward = (
-        sum(seconds(n) for n in joint.graph.nodes if (n in inside) is first) for first in (True, False)
+        sum(running(n) for n in joint.graph.nodes if (n in inside) is first) for first in (True, False)
     )
     near = _options(choices, held, rates)
     away = [] if checkpointed else _all_away(choices, held, rates)
@@ -98,7 +100,13 @@ def _working(joint: JointGraph, of: Evaluate, held: int) -> int:
     if graph is None:
         return 0
     inputs = [n for n in graph.nodes if n.op == "placeholder" and n.name.startswith("primals")]
-    return peak_bytes(graph, of, inputs, lambda n: _unpacked(n, of)) + held
+    over = joint.overwritten(graph)
+    extra: Callable[[fx.Node], int] = lambda n: _unpacked(n, of) - _overwritten(over.get(n, ()), of)  # noqa: E731
+    return peak_bytes(graph, of, inputs, extra) + held
+
+
+def _overwritten(operands: Sequence[fx.Node], of: Evaluate) -> int:
+    return sum(value_bytes(n.meta["val"], of) for n in operands)
 
 
 @dataclass(frozen=True)
@@ -107,14 +115,18 @@ class Head:
 
     bytes: int
     numel: int
+    parts: int = 0
+    most: int = 0
+    """What is taken in parts, such as logits, would take at once for ``numel``; and the most that a part takes."""
 
     def at(self, numel: int) -> int:
         """For ``numel`` numbers of input."""
-        return self.bytes * numel // self.numel
+        return self.bytes * numel // self.numel + min(self.parts * numel // self.numel, self.most)
 
 
 def head_of(graph: fx.Graph, fakes: Sequence[Any]) -> Head | None:
-    """Of a graph that runs node by node: all that it computes, and two gradients of the largest; None without an input."""
+    """Of a graph that runs node by node: all that it computes, two gradients of the largest, and what a call takes in parts; None
+    without an input."""
     given = activation(fakes)
     if given is None:
         return None
@@ -127,7 +139,19 @@ def head_of(graph: fx.Graph, fakes: Sequence[Any]) -> Head | None:
             if key not in inputs:
                 made[key] = max(made.get(key, 0), value_bytes(tensor, hint))
     numel = value_bytes(given, hint) // given.element_size()
-    return Head(sum(made.values()) + 2 * max(made.values(), default=0), numel) if numel else None
+    parts, most = max(((_in_parts(n, hint), most) for n in graph.nodes if (most := _most_at_once(n))), default=(0, 0))
+    return Head(sum(made.values()) + 2 * max(made.values(), default=0), numel, parts, most) if numel else None
+
+
+def _most_at_once(node: fx.Node) -> int:
+    """The most bytes that a call computes at a time of what it computes in parts; 0 where it does not."""
+    return getattr(node.target, "most_at_once", 0) if node.op == "call_function" else 0
+
+
+def _in_parts(node: fx.Node, of: Evaluate) -> int:
+    """Bytes of the product of such a call's first operands, in the dtype of the first."""
+    x, weight = (n.meta["val"] for n in node.all_input_nodes[:2])
+    return value_bytes(x, of) // of(x.shape[-1]) * of(weight.shape[0])
 
 
 def _unpacked(node: fx.Node, of: Evaluate) -> int:

@@ -98,3 +98,13 @@ def node_traffic(node: fx.Node, of: Evaluate) -> int:
 def storages(value: Any) -> Iterable[int]:
     """Identities of the storages behind a value: views share their base's."""
     return [tensor.untyped_storage()._cdata for tensor in tensors(value)]
+
+
+def is_part(node: fx.Node) -> bool:
+    """One of several outputs of a call."""
+    first = node.args[0] if node.args else None
+    return (
+        getattr(node.target, "__name__", "") == "getitem"
+        and isinstance(first, fx.Node)
+        and not isinstance(first.meta.get("val"), Tensor)
+    )

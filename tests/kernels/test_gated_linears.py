@@ -57,6 +57,25 @@ def test_the_update_matches_float64(name: Backend, dtype: torch.dtype, data: st.
         assert_accurate(gated_update, reference, inputs, reduction=64, scale=scale)
 
 
+@every_dtype
+@cases
+@given(data=st.data())
+def test_gradients_may_be_written_over_gate_and_up(dtype: torch.dtype, data: st.DataObject) -> None:
+    """By the kernel: the same bits."""
+    inputs = data.draw(updates(dtype))
+    over = torch.ops.weft.gated_update_backward.default.overwriting  # pyright: ignore
+    with backend("triton"), patch.multiple(module, FORWARD=SMALL, BACKWARD=SMALL), torch.no_grad():
+        gate, up, *rest = (v.clone() if isinstance(v, Tensor) else v for v in inputs.values())
+        grad = normal(1, tuple(gate.shape), dtype)
+        wanted = torch.ops.weft.gated_update_backward(grad, gate, up, *rest)
+        with patch("weft.kernels.operator._runs_again", lambda: False):
+            found = over(grad, gate, up, *rest)
+    for ours, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=0, equal_nan=True)
+    if dtype != torch.float32 and gate.is_contiguous() and up.is_contiguous():
+        assert [t.data_ptr() for t in found] == [gate.data_ptr(), up.data_ptr()]
+
+
 def spread(function: Any) -> Any:
     """``function`` with its pairs as keyword arguments of their own, as ``assert_accurate`` wants them."""
 

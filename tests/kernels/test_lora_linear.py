@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -74,6 +75,32 @@ def test_matches_float64(name: Backend, dtype: torch.dtype, data: st.DataObject)
     inputs = data.draw(linears(dtype))
     with running(name):
         assert_accurate(lora_linear, module.reference, inputs, reduction=128, scale=terms(*inputs.values()))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@cases
+@given(data=st.data())
+def test_dx_may_be_written_over_x(dtype: torch.dtype, data: st.DataObject) -> None:
+    """The same bits as apart from it, and all that is computed from x as well."""
+    layout = draw_layout(data)
+    ranks = {"a": normal(2, (4, layout.in_features), dtype, 0.1), "b": normal(3, (layout.out_features, 4), dtype, 0.1)}
+    lead = data.draw(st.sampled_from(LEADS))
+    x, dy = (normal(i, (*lead, n), dtype) for i, n in enumerate((layout.in_features, layout.out_features)))
+    weight, t = data.draw(weights(layout, dtype)), normal(4, (*lead, 4), dtype)
+    needs = [True, False, data.draw(st.booleans()), True, data.draw(st.booleans()), False]
+    rest = (t, [w.detach() for w in weight], layout.encode(), ranks["a"], ranks["b"], 0.5, False, None, dtype, needs)
+    wanted = torch.ops.weft.lora_linear_backward(dy, x.clone(), *rest)
+    over = torch.ops.weft.lora_linear_backward.default.overwriting  # pyright: ignore
+    with patch("weft.kernels.operator._runs_again", lambda: False), torch.no_grad():
+        found = over(dy, x, *rest)
+    for ours, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, other, rtol=0, atol=0)
+    assert found[0].data_ptr() == x.data_ptr()
+
+
+def draw_layout(data: st.DataObject) -> Layout:
+    """Of any kind and sizes."""
+    return data.draw(layouts(KINDS, data.draw(in_features(whole=data.draw(st.booleans())))))
 
 
 def operands(
