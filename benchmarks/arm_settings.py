@@ -2,8 +2,8 @@
 library must be imported first can be chosen before.
 
 ``hf`` (transformers + PEFT), ``regional`` (each decoder layer under ``torch.compile``), ``compile`` (the whole model),
-``weft``, ``weft_fp8`` (the same with products of frozen weights in FP8), ``unsloth``, ``liger``; with ``_nf4`` over a
-4-bit base.
+``weft``, ``weft_fp8`` (the same with products of frozen weights in FP8), ``weft_fp8_kept`` (which keeps these weights in FP8),
+``unsloth``, ``liger``; with ``_nf4`` over a 4-bit base.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import tempfile
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-ARMS = ("hf", "regional", "compile", "weft", "weft_fp8", "unsloth", "liger")
+ARMS = ("hf", "regional", "compile", "weft", "weft_fp8", "weft_fp8_kept", "unsloth", "liger")
 READY = "READY"
 """What an arm prints when it waits for its turn."""
 TOKENS = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
@@ -86,12 +86,13 @@ class Setting:
     @property
     def base(self) -> str:
         """The arm without its number formats."""
-        return self.arm.removesuffix("_nf4").removesuffix("_fp8")
+        return self.arm.removesuffix("_nf4").split("_fp8")[0]
 
     @property
-    def fp8(self) -> bool:
-        """Whether products of frozen weights run in FP8."""
-        return self.arm.removesuffix("_nf4").endswith("_fp8")
+    def products(self) -> Literal["stored", "fp8", "fp8_kept"]:
+        """In what products of frozen weights are computed."""
+        arm = self.arm.removesuffix("_nf4")
+        return "fp8_kept" if arm.endswith("_fp8_kept") else "fp8" if arm.endswith("_fp8") else "stored"
 
     @property
     def nf4(self) -> bool:

@@ -80,7 +80,7 @@ def _optimize(model: Any, setting: Setting) -> dict[str, Any]:
     from weft import optimize
     from weft.passes.defaults import default_passes
 
-    started, passes = time.perf_counter(), default_passes("train", products="fp8" if setting.fp8 else "stored")
+    started, passes = time.perf_counter(), default_passes("train", products=setting.products)
     with _autocast():
         optimize(model, mode="train", verify=setting.verify, memory=setting.memory or None, passes=passes)
     _wait()

@@ -214,3 +214,10 @@ def dequantize_4bit(weight: list[Tensor], layout: str, dtype: torch.dtype) -> Te
         ValueError: ``layout`` is not a 4-bit layout.
     """
     return _dequantize_4bit(weight, layout, dtype)
+
+
+def dense(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
+    """The (out_features, in_features) matrix of any layout: a view of a dense weight, a temporary of a 4-bit one."""
+    if layout.is_4bit:
+        return dequantized(weight, layout, dtype)
+    return weight[0] if layout.kind == "rows" else weight[0].t()

@@ -18,8 +18,9 @@ from torch import Tensor
 
 from ..quant.layout import Layout
 from . import fp8, split, widened
+from .dequantize_4bit import dense
 from .dispatch import shaped
-from .quant_linear import dense, product, x_gradient
+from .quant_linear import product, x_gradient
 
 CHUNK = 2**24
 """Elements of a product in another dtype than its sum that are computed before they are rounded into it."""

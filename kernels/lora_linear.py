@@ -23,9 +23,10 @@ from torch import Tensor
 
 from ..quant import four_bit
 from ..quant.layout import Layout
+from .dequantize_4bit import dense
 from .linears import Linear, backward, forward, gradient_sizes
 from .operator import operator
-from .quant_linear import autocast_dtype, cast_dense, dense, no_autocast
+from .quant_linear import autocast_dtype, cast_dense, no_autocast
 
 
 def reference(

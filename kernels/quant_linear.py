@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..quant import four_bit
 from ..quant.layout import Layout
-from . import fp8
-from .dequantize_4bit import dequantized
+from . import fp8, fp8_kept
+from .dequantize_4bit import dense
 from .dispatch import shaped, use_triton
 from .operator import operator
 from .quant_matvec import matvec, serves
@@ -50,13 +50,6 @@ def cast_dense(weight: list[Tensor], layout: str, dtype: torch.dtype) -> list[Te
     return weight if Layout.decode(layout).is_4bit else [weight[0].to(dtype)]
 
 
-def dense(weight: list[Tensor], layout: Layout, dtype: torch.dtype) -> Tensor:
-    """The (out_features, in_features) matrix of any layout: a view of a dense weight, a temporary of a 4-bit one."""
-    if layout.is_4bit:
-        return dequantized(weight, layout, dtype)
-    return weight[0] if layout.kind == "rows" else weight[0].t()
-
-
 def product(
     x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None, quantized: fp8.Quantized | None = None
 ) -> Tensor:
@@ -71,7 +64,7 @@ def product(
         raise ValueError(f"a linear with {layout.in_features} input features was given {tuple(x.shape)}")
     if fp8.serves(x, layout):
         left = fp8.quantize_rows(x) if quantized is None else quantized
-        return fp8.multiply(left, fp8.quantize_rows(dense(weight, layout, x.dtype)), x.dtype, bias)
+        return fp8.multiply(left, fp8_kept.quantized(weight, layout, x.dtype), x.dtype, bias)
     if use_triton(x) and serves(x, layout):
         return matvec(x, weight, layout, bias)
     return F.linear(x, dense(weight, layout, x.dtype), bias)
@@ -83,7 +76,7 @@ def x_gradient(dy: Tensor, weight: list[Tensor], layout: Layout, over: Tensor | 
     fits = over is not None and over.is_contiguous() and over.dtype == dy.dtype
     out = over.view(dy.shape[0], layout.in_features) if fits and over is not None else None
     if fp8.serves(dy, layout):
-        turned = fp8.quantize_rows(dense(weight, layout, dy.dtype).t())
+        turned = fp8_kept.quantized(weight, layout, dy.dtype, columns=True)
         return fp8.multiply(fp8.quantize_rows(dy), turned, dy.dtype, out=out)
     return torch.mm(dy, dense(weight, layout, dy.dtype), out=out)
 

@@ -26,7 +26,7 @@ from .rms_norm import FuseRmsNorm
 from .rope import FusePartialRope, FuseRope, PairRope
 from .split_once import SplitOnce
 
-Products = Literal["stored", "fp8"]
+Products = Literal["stored", "fp8", "fp8_kept"]
 
 
 def default_passes(mode: str = "train", *, logits: Logits = "defer", products: Products = "stored") -> tuple[Pass, ...]:
@@ -36,15 +36,16 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer", products: P
         logits: for models that return logits beside a loss: computed when read (``"defer"``), always (``"keep"``), or
             never, an access then raising an explanation (``"drop"``).
         products: in what products with weights that are not trained are computed while training: the dtype of the
-            activations (``"stored"``), or FP8 (``"fp8"``), which is less exact; see docs/training.md.
+            activations (``"stored"``), or FP8 (``"fp8"``), which is less exact; ``"fp8_kept"`` keeps what it reads of the
+            weights, two bytes for each; see docs/training.md.
 
     Raises:
-        OptionError: ``products`` is neither, or ``"fp8"`` for inference.
+        OptionError: ``products`` is none of these, or FP8 for inference.
     """
     if products not in get_args(Products):
-        raise OptionError(f'products must be "stored" or "fp8", not {products!r}')
-    if products == "fp8" and mode != "train":
-        raise OptionError(f'products="fp8" is for training, and mode is {mode!r}: leave it out')
+        raise OptionError(f'products must be "stored", "fp8" or "fp8_kept", not {products!r}')
+    if products != "stored" and mode != "train":
+        raise OptionError(f"products={products!r} is for training, and mode is {mode!r}: leave it out")
     return (
         Functionalize(),
         CommonSubexpressions(),
@@ -58,7 +59,7 @@ def default_passes(mode: str = "train", *, logits: Logits = "defer", products: P
         Rules("quant_linear", (FuseQuantLinear(),)),
         Rules("residual_norm", (FuseResidualNorm(),)),
         Rules("parallel_linears", (FuseParallelLinears(),)),
-        *((Fp8Products(),) if products == "fp8" else ()),
+        *((Fp8Products(kept=products == "fp8_kept"),) if products != "stored" else ()),
         Rules("gated_mlp", (FuseGatedMlp(),)),
         *((FuseGatedLinears(),) if mode == "train" else ()),
         Rules("linear_cross_entropy", (FuseLinearCrossEntropy(logits),)),

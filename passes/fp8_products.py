@@ -42,6 +42,8 @@ class Fp8Products:
     """
 
     name: str = "fp8_products"
+    kept: bool = False
+    """Whether weights in FP8 are kept between products, at two bytes each; see :mod:`weft.kernels.fp8_kept`."""
 
     def run(self, module: fx.GraphModule, verifier: Verifier | None) -> Outcome:
         """Change layouts, and plain linears into calls that have one; each is measured against float64."""
@@ -55,7 +57,7 @@ class Fp8Products:
                 reason = "; ".join(dict.fromkeys(p for p in problems if p))
                 outcome.refusals.append(Refusal(self.name, _path(node, products), g.source(node), reason))
             turned = [
-                p if problem else replace(p, layout=replace(p.layout, fp8=True))
+                p if problem else replace(p, layout=replace(p.layout, fp8=True, kept=self.kept))
                 for p, problem in zip(products, problems, strict=True)
             ]
             if turned != products:

@@ -12,7 +12,7 @@ from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves
 
 from ..kernels import fp8
-from ..kernels.quant_linear import dense
+from ..kernels.dequantize_4bit import dense
 from ..quant.four_bit import dequantize
 from ..quant.layout import Layout
 from ..rewrite import graph as g

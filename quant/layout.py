@@ -15,7 +15,7 @@ kind              tensors
 shifted by ``nested_offset`` (float32 scalar).
 
 How the weight is multiplied is part of the string too: ``fp8`` at its end says that products with it are computed in FP8
-(:mod:`weft.kernels.fp8`), from the same tensors.
+(:mod:`weft.kernels.fp8`), from the same tensors; ``fp8_kept``, that its numbers in FP8 are kept between products.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Kind = Literal["rows", "columns", "nf4", "fp4"]
 class Layout:
     """Storage of one linear's weight: its kind, its logical shape, and for 4-bit kinds the block sizes.
 
-    ``fp8``: products with it are computed in FP8.
+    ``fp8``: products with it are computed in FP8; ``kept``: what they read of it is, too.
     """
 
     kind: Kind
@@ -40,6 +40,7 @@ class Layout:
     block_size: int = 0
     nested_block_size: int = 0
     fp8: bool = False
+    kept: bool = False
 
     @property
     def is_4bit(self) -> bool:
@@ -49,7 +50,8 @@ class Layout:
     def encode(self) -> str:
         """The string that an operator takes, for example ``nf4:4096:14336:64:256`` or ``rows:4096:4096:0:0:fp8``."""
         sizes = (self.out_features, self.in_features, self.block_size, self.nested_block_size)
-        return ":".join((self.kind, *map(str, sizes), *(("fp8",) if self.fp8 else ())))
+        word = ("fp8_kept" if self.kept else "fp8",) if self.fp8 else ()
+        return ":".join((self.kind, *map(str, sizes), *word))
 
     @staticmethod
     @lru_cache(maxsize=4096)
@@ -59,8 +61,9 @@ class Layout:
         Raises:
             ValueError: ``text`` is not an encoded layout.
         """
-        kind, *sizes = text.removesuffix(":fp8").split(":")
+        kept = text.endswith(":fp8_kept")
+        kind, *sizes = text.removesuffix("_kept").removesuffix(":fp8").split(":")
         if kind not in ("rows", "columns", "nf4", "fp4") or len(sizes) != 4:
             raise ValueError(f"not a weight layout: {text!r}")
         rows, columns, block, nested = map(int, sizes)
-        return Layout(kind, rows, columns, block, nested, text.endswith(":fp8"))
+        return Layout(kind, rows, columns, block, nested, kept or text.endswith(":fp8"), kept)

@@ -103,6 +103,8 @@ class StepMemory:
     _trained: Trained | None = None
     _asked: deque[Asked] = field(default_factory=lambda: deque(maxlen=CHOICES))
     """The last choices, the newest first."""
+    _frozen: int | None = None
+    """Versions of the parameters that are not trained, while there are recordings."""
     _last_most: int | None = None
     """Bytes that the last block may save, so that the head beside it takes no more than a backward; None: all."""
 
@@ -184,6 +186,7 @@ class StepMemory:
     def _begin(self, args: Sequence[Any], costs: BlockCosts) -> None:
         """A forward begins: see what memory there is."""
         device = next(a.device for a in args if isinstance(a, Tensor))
+        self._look_at_frozen()
         former = self.plan
         if former is not None:
             peak = peak_bytes(device)
@@ -211,6 +214,17 @@ class StepMemory:
         spare = max(0, working - costs.options[0].bytes)
         self.plan = MemoryPlan(None if limit == "min" else limit, resident, working, before=former, spare=spare)
         self.plan.peak_before = peak_bytes(device)
+
+    def _look_at_frozen(self) -> None:
+        """Recordings may read what was made of weights that are not trained: if these have changed, they are made anew."""
+        if self.recordings is None or not self.recordings.count:
+            self._frozen = None
+            return
+        with torch._C.DisableTorchFunctionSubclass():
+            versions = sum([p._version for p in self.parameters if not p.requires_grad and not p.is_inference()])
+        if self._frozen not in (None, versions):
+            self.recordings.start_over()
+        self._frozen = versions
 
     def room_beside(self, device: torch.device) -> int:
         """Bytes that may be taken for a moment while no step runs, when rewrites are replayed. Where a step is to take as few as

@@ -119,11 +119,20 @@ class Recordings:
 
     def give_up(self) -> None:
         """Let go of all recordings and of what they keep; calls of these sizes run kernel by kernel from now on."""
+        self.given_up += self.count
+        self._drop()
+        for calls in list(self._calls):
+            calls.wanted = dict.fromkeys(calls.wanted, False)
+
+    def start_over(self) -> None:
+        """Let go of all recordings: what operators made of weights, and recordings read, is of weights that have changed."""
+        self._drop()
+
+    def _drop(self) -> None:
         if self.device_type == "cuda":
             torch.cuda.synchronize()  # what is replayed now must end before its memory is somebody else's
         for calls in list(self._calls):
-            calls.give_up()
-        self.given_up += self.count
+            calls.forget()
         self.made, self.kept, self._pool, self._unused_after = [], Kept(), None, -1
 
     def overwrites_no_other(self, recording: Recording) -> bool:
@@ -209,9 +218,9 @@ class RecordedCalls:
                     return recording.run(arguments)
         return self._slowly(arguments)
 
-    def give_up(self) -> None:
-        """Forget the recordings, and want none of their sizes again."""
-        self.known, self.at, self.wanted = {}, {}, dict.fromkeys(self.wanted, False)
+    def forget(self) -> None:
+        """The recordings."""
+        self.known, self.at = {}, {}
 
     def _slowly(self, arguments: list[Any]) -> Any:
         """A call that is not known, or stands in its own way."""

@@ -126,8 +126,8 @@ class JointGraph:
 
 
 def _donate_nothing() -> None:
-    """Of the graph that AOTAutograd compiles now: what is saved and it takes for donated, it lets no backward keep (retain_graph),
-    whether its compiler overwrites that or not."""
+    """Of the graph that AOTAutograd compiles now: what is saved and it takes for donated, it lets no backward keep, as one with
+    retain_graph does, whether its compiler overwrites that or not."""
     found: Any = getattr(TracingContext.try_get(), "fw_metadata", None)
     if found is not None:
         found.bw_donated_idxs = []

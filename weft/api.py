@@ -13,6 +13,7 @@ from torch import nn
 
 from weft.applying import apply_plan
 from weft.checkpointing import obeying, release
+from weft.kernels import fp8_kept
 from weft.kernels.dispatch import why_reference
 from weft.passes.defaults import default_passes
 from weft.precision import Options, measure, store_as_planned
@@ -143,6 +144,7 @@ def undo(model: nn.Module) -> nn.Module:
     del root.__dict__[ATTRIBUTE]
     done.installation.remove_all()
     release(root)
+    fp8_kept.forget(root.parameters())
     give_back(done.replaced)
     for module in (model, root):
         module.__dict__.pop("rewrite_report", None)

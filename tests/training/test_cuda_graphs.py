@@ -78,6 +78,21 @@ def test_accumulated_gradients_padding_and_evaluation() -> None:
     assert recordings.replays > 20, recordings.notes
 
 
+def test_they_are_made_anew_when_a_frozen_weight_has_changed() -> None:
+    """An operator may have kept something made of it, which they read."""
+    model, plain = both()
+    for seed in range(10):
+        for m in (model, plain):
+            m.zero_grad(set_to_none=True)
+            if seed == 5:
+                with torch.no_grad():
+                    m.base_model.model.model.layers[0].mlp.up_proj.base_layer.weight.mul_(1.1)
+            m(**batch_of(seed)).loss.backward()
+        same_gradients(model, plain)
+        assert model.rewrite_report.steps.recordings.count == (0 if seed in (0, 1, 5, 6) else 8), seed
+    assert not model.rewrite_report.steps.recordings.given_up
+
+
 def test_not_if_it_is_not_wanted() -> None:
     model = weft.optimize(adapted(2).to(DEVICE), example_inputs=batch_of(0), memory="8GB", cuda_graphs=False)
     assert model.rewrite_report.steps.recordings is None

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 import weft
-from weft.passes.defaults import default_passes
+from weft.kernels import fp8_kept
+from weft.passes.defaults import Products, default_passes
 
 from ..models import batch, in_four_bits, llama, outcome, quickly, twin, with_lora
 from .runs import assert_same_losses, loop
@@ -25,9 +26,9 @@ def adapted(kind: str) -> Any:
     return with_lora(in_four_bits(model) if kind == "nf4" else model.to(getattr(torch, kind)))
 
 
-def in_fp8(model: Any, **options: Any) -> Any:
+def in_fp8(model: Any, products: Products = "fp8", **options: Any) -> Any:
     """``model``, optimized so."""
-    return quickly(model, mode="train", passes=default_passes("train", products="fp8"), **options)
+    return quickly(model, mode="train", passes=default_passes("train", products=products), **options)
 
 
 def state(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -35,11 +36,12 @@ def state(model: nn.Module) -> dict[str, torch.Tensor]:
     return {n: t.detach().clone() for n, t in model.state_dict().items()}
 
 
+@pytest.mark.parametrize("products", ["fp8", "fp8_kept"])
 @pytest.mark.parametrize("kind", ["bfloat16", "nf4"])
-def test_losses_are_those_of_stored_products(kind: str) -> None:
+def test_losses_are_those_of_stored_products(kind: str, products: Products) -> None:
     model = adapted(kind)
     plain, kept = twin(model), state(model)
-    in_fp8(model, verify=kind == "bfloat16")
+    in_fp8(model, products, verify=kind == "bfloat16")
     assert sum(r.rule == "fp8_products" for r in model.rewrite_report.rewrites) == 2 * 4
     assert sum(NOTE in line for line in str(model.rewrite_report).splitlines()) == 1
     before = state(model)
@@ -47,6 +49,21 @@ def test_losses_are_those_of_stored_products(kind: str) -> None:
     assert_same_losses(loop(model, BATCHES), loop(plain, BATCHES), "bfloat16")
     after = state(model)
     assert all(torch.equal(after[n], t) == ("lora_" not in n) for n, t in kept.items())
+
+
+def test_weights_that_are_kept_in_fp8_follow_changes_and_go_with_undo() -> None:
+    """Of a state that is loaded."""
+    model, other = adapted("bfloat16"), in_fp8(adapted("bfloat16"), "fp8_kept", verify=False)
+    inputs, state = batch(3, 14), {n: 2 * t if "proj.base" in n else t for n, t in model.state_dict().items()}
+    before, taken = outcome(other, inputs), fp8_kept.kept_bytes()
+    for each in (model, other):
+        each.load_state_dict(state)
+    in_fp8(model, "fp8", verify=False)
+    found, wanted = outcome(other, inputs), outcome(model, inputs)
+    assert all(torch.equal(found[n], v) for n, v in wanted.items()) and not torch.equal(before["loss"], found["loss"])
+    weft.undo(other)
+    frozen = sum(p.numel() for n, p in other.named_parameters() if "proj.base" in n)
+    assert taken - fp8_kept.kept_bytes() > 1.5 * frozen, "the first block computes no gradient of what it reads"
 
 
 @pytest.mark.parametrize("memory", [None, "min"])
