@@ -25,7 +25,7 @@ MIXTURES = 8
 """Shares of blocks that are tried between what is chosen at two prices."""
 DIFFERENT = 32
 """Part of a room by which it may differ before what was chosen for it is chosen anew."""
-MOST_AWAY = 6
+MOST_AWAY = 10
 """Sizes of what a block may have on its way to the host that are tried."""
 
 

@@ -24,7 +24,7 @@ from .joint import JointGraph, forward_nodes, recompute_problem
 from .liveness import peak_bytes
 from .placement import BlockCosts, Option, in_flight, without_waiting
 from .rates import Rates
-from .remat import Choice, frontier
+from .remat import Choice, frontier, one_more
 from .sizes import Evaluate, evaluator, node_flops, node_traffic, storages, tensors, value_bytes
 
 CHEAPEST, DEAREST = 1e-16, 1e-9
@@ -46,7 +46,8 @@ def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpoint
     of = evaluator(joint.fakes, args)
     seconds: Callable[[fx.Node], float] = lambda node: node_seconds(node, of, rates)  # noqa: E731
     once = joint.only_once(joint.graph)
-    choices = frontier(recompute_problem(joint.graph, once, seconds, of), CHEAPEST, DEAREST)
+    problem = recompute_problem(joint.graph, once, seconds, of)
+    choices = frontier(problem, CHEAPEST, DEAREST)
     if checkpointed:
         choices = [c for c in choices if c.bytes <= THRIFTY * choices[0].bytes] or choices[-1:]
     given = activation(args)
@@ -58,7 +59,7 @@ def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpoint
         sum(running(n) for n in joint.graph.nodes if (n in inside) is first) for first in (True, False)
     )
     near = _options(choices, held, rates)
-    away = [] if checkpointed else _all_away(choices, held, rates)
+    away = [] if checkpointed else _all_away([*choices, *one_more(problem, choices)], held, rates)
     return BlockCosts((*near, *away), _working(joint, of, held), without_waiting(near, forward), forward, backward)
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,9 @@ FINE = 1 / 32
 UNLIKE = 1e-3
 """By what share sizes are taken to differ there, so that of values that are worth the same one can be saved alone."""
 
+WORTH = 1 / 50
+"""Of what computing all again takes, what one operation less must save to be looked at."""
+
 
 def choose(problem: Problem, price: float, unlike: float = 0.0) -> Choice:
     """The cheapest choice where a byte costs ``price`` seconds, more than none; up to ``unlike`` of its price more for values
@@ -83,6 +87,44 @@ def choose(problem: Problem, price: float, unlike: float = 0.0) -> Choice:
     )
     redone = [o.seconds for name, o in problem.operations.items() if ("op", name) in again]
     return Choice(saved, int(sum(problem.size[v] for v in saved)), sum(redone))
+
+
+def recomputed(problem: Problem, saved: frozenset[Value]) -> dict[str, set[Value]]:
+    """The operations that are done again if no more than ``saved`` is, and which results of each are for."""
+    found, pending = dict[str, set[Value]](), list(problem.needed)
+    while pending:
+        value = pending.pop()
+        name = problem.producer.get(value)
+        if value in saved or name is None:
+            continue
+        if name not in found:
+            found[name] = set()
+            pending += problem.operations[name].reads
+        found[name].add(value)
+    return found
+
+
+def one_more(problem: Problem, choices: Sequence[Choice]) -> list[Choice]:
+    """What sparing one operation more than a choice does comes to: what no price would choose, where a little room is left.
+
+    Of those, each that is worth :data:`WORTH`, and faster than all that save no more bytes.
+    """
+    longest = max((c.seconds for c in choices), default=0.0)
+    found = list[Choice]()
+    for choice in choices:
+        for results in recomputed(problem, choice.saved).values():
+            size = sum(problem.size[v] for v in results)
+            if size < INFINITE:
+                saved = choice.saved | results
+                seconds = sum(problem.operations[name].seconds for name in recomputed(problem, saved))
+                if choice.seconds - seconds >= WORTH * longest:
+                    found.append(Choice(saved, choice.bytes + int(size), seconds))
+    kept, best = list[Choice](), INFINITE
+    for choice in sorted([*choices, *found], key=lambda c: (c.bytes, c.seconds)):
+        if choice.seconds < best:
+            best = choice.seconds
+            kept.append(choice)
+    return [c for c in kept if c not in choices]
 
 
 def _edge(graph: nx.DiGraph, start: Any, end: Any, capacity: float) -> None:

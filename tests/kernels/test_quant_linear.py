@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from weft.kernels import quant_linear as module
-from weft.kernels import quant_matvec
+from weft.kernels import dequantize_4bit, quant_matvec
 from weft.kernels.dispatch import Backend, backend
 from weft.kernels.quant_linear import quant_linear, reference
 from weft.kernels.quant_matvec import Tile
+from weft.quant import four_bit
 from weft.quant.four_bit import from_quant_state
 from weft.quant.layout import Layout
 
@@ -73,7 +73,7 @@ def test_matches_float64(name: Backend, dtype: torch.dtype, data: st.DataObject)
 def test_few_rows_take_the_matrix_vector_kernel(dtype: torch.dtype, rows: int | None) -> None:
     most = quant_matvec.FEW_WIDE_ROWS if dtype == torch.float32 else quant_matvec.FEW_ROWS
     weight, x = packed_weight(BLOCKS, 0), normal(1, (rows or most, 64), dtype)
-    with backend("triton"), patch.object(module, "dequantized", side_effect=AssertionError):
+    with backend("triton"), patch.object(dequantize_4bit, "dequantized", side_effect=AssertionError):
         got = quant_linear(x, weight, BLOCKS.encode())
     assert torch.allclose(got, reference(x, weight, BLOCKS.encode()), rtol=0.02, atol=0.02)
 
@@ -134,7 +134,7 @@ def test_works_in_a_checkpoint(name: Backend, use_reentrant: bool) -> None:
 def test_under_autocast_it_is_a_linear(name: Backend) -> None:
     def plain(x: Tensor, bias: Tensor, weight: list[Tensor]) -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16):
-            return F.linear(x, module.four_bit.dequantize(weight, BLOCKS, x.dtype), bias)
+            return F.linear(x, four_bit.dequantize(weight, BLOCKS, x.dtype), bias)
 
     def ours(x: Tensor, bias: Tensor, weight: list[Tensor]) -> Tensor:
         with torch.autocast(DEVICE, torch.bfloat16):

@@ -244,7 +244,7 @@ def test_the_replay_measures_and_refuses_what_is_no_rounding() -> None:
 def test_a_wrong_gradient_is_refused_too() -> None:
     module = prepared(lora, simple())
     true = quant_linear.x_gradient
-    wrong = lambda dy, weight, layout: true(dy, weight, layout) * (0.8 if layout.fp8 else 1.0)  # noqa: E731
+    wrong = lambda dy, weight, layout, *over: true(dy, weight, layout, *over) * (0.8 if layout.fp8 else 1.0)  # noqa: E731
     with patch("weft.kernels.linears.x_gradient", wrong):
         outcome = Fp8Products().run(module, Replayer())
     assert "replay: gradient 0 is off by" in outcome.refusals[0].reason
@@ -277,9 +277,10 @@ def test_the_options() -> None:
     names = [p.name for p in default_passes("train", products="fp8")]
     assert names.index("fp8_products") == names.index("parallel_linears") + 1
     assert [n for n in names if n != "fp8_products"] == [p.name for p in default_passes("train")]
+    assert [p.kept for p in default_passes("train", products="fp8_kept") if isinstance(p, Fp8Products)] == [True]
     with pytest.raises(OptionError, match="mode is 'inference'"):
         default_passes("inference", products="fp8")
-    with pytest.raises(OptionError, match='"stored" or "fp8", not \'int8\''):
+    with pytest.raises(OptionError, match='"fp8" or "fp8_kept", not \'int8\''):
         default_passes("train", products="int8")  # type: ignore[arg-type]
 
 

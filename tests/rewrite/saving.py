@@ -102,7 +102,9 @@ def run(
     with counting(*fresh, *excluded) as count:
         output = function(*fresh)
     outputs = [output] if isinstance(output, Tensor) else list(output)
-    total = sum((o * torch.linspace(-1, 1, o.numel()).view_as(o)).sum() for o in outputs if o.requires_grad)
+    total = sum(
+        (o * torch.linspace(-1, 1, o.numel(), device=o.device).view_as(o)).sum() for o in outputs if o.requires_grad
+    )
     assert isinstance(total, Tensor)
     total.backward()
     grads = [t.grad for t in fresh if t.requires_grad]

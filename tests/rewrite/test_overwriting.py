@@ -18,6 +18,7 @@ from weft.kernels.lora_linear import lora_linear
 from weft.rewrite.joint import JointGraph
 from weft.rewrite.overwriting import overwritten
 
+from .recorded import DEVICE
 from .saving import Captured, run
 
 WIDTH = 8
@@ -54,7 +55,7 @@ def leaves(rows: int = 5) -> list[Tensor]:
     """An input and two weights."""
     generator = torch.Generator().manual_seed(0)
     shapes = ((rows, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH))
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+    return [torch.randn(shape, generator=generator).to(DEVICE).requires_grad_() for shape in shapes]
 
 
 def names(joint: JointGraph, saved: frozenset[str] | None) -> set[str]:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.rewrite.remat import INFINITE, Choice, Operation, Problem, choose, frontier
+from weft.rewrite.remat import INFINITE, Choice, Operation, Problem, choose, frontier, one_more, recomputed
 
 
 @st.composite
@@ -97,3 +97,16 @@ def test_a_chain_is_saved_whole_or_not_at_all(price: float, saved: set[str], sec
     operations = {n: Operation(i + 1, names[i - 1 : i] if i else ()) for i, n in enumerate(names)}
     choice = choose(Problem(operations, {n: n for n in names}, dict.fromkeys(names, 4), names), price)
     assert choice.saved == saved and choice.seconds == seconds and math.isfinite(choice.bytes)
+
+
+def test_one_operation_less_is_looked_at_where_no_price_would_choose_it() -> None:
+    """Of two that read x, the wide one is worth more a byte; the narrow one, of two results, is spared where only it fits."""
+    operations = {"wide": Operation(6.0, ()), "narrow": Operation(1.0, ()), "idle": Operation(0.01, ())}
+    producer = {"w": "wide", "n": "narrow", "m": "narrow", "i": "idle"}
+    size = {"w": 10.0, "n": 2.0, "m": 1.0, "i": 1.0}
+    problem = Problem(operations, producer, size, tuple(producer))
+    choices = [Choice(frozenset(producer), 14, 0.0), Choice(frozenset("w"), 10, 1.01), Choice(frozenset(), 0, 7.01)]
+    found = one_more(problem, choices)
+    assert Choice(frozenset("nm"), 3, 6.01) in found
+    assert all(c.saved != frozenset("i") for c in found), "it is worth too little"
+    assert recomputed(problem, frozenset("n")) == {"wide": {"w"}, "narrow": {"m"}, "idle": {"i"}}
