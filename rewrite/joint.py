@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence, Set
 from contextlib import AbstractContextManager
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,8 @@ class JointGraph:
         self.backward: dict[frozenset[str] | None, fx.Graph] = {}
         self._context = context or TracingContext.try_get()
         self._lowered: dict[frozenset[str] | None, Callable[..., Any]] = {}
+        self._returned: dict[frozenset[str] | None, set[int]] = {}
+        """Where what a joint graph returns lies."""
 
     def lower(self, saved: frozenset[str] | None = None) -> Callable[..., Any]:
         """The callable that saves the values of these names for its backward; None saves all that the backward reads."""
@@ -92,17 +95,17 @@ class JointGraph:
                 found.add(node)
         return found
 
-    def overwritten(self, backward: fx.Graph) -> Overwritten:
-        """What calls of a backward may overwrite: not what was given to it or to the forward, nor what either returns."""
+    def overwritten(self, backward: fx.Graph, saved: frozenset[str] | None = None) -> Overwritten:
+        """What calls of the backward of this choice may overwrite: not what was given to it or to the forward, nor what either
+        returns."""
         given = [n for n in backward.nodes if n.op == "placeholder" and n.name.startswith(("primals", "tangents"))]
-        returned = [
-            n for each in (self.graph, backward) if each is not None for n in each.output_node().all_input_nodes
-        ]
-        return overwritten(backward, {s for n in (*given, *returned) for s in storages(n.meta.get("val"))})
+        own = (*given, *backward.output_node().all_input_nodes)
+        return overwritten(backward, {s for n in own for s in storages(n.meta.get("val"))} | self._returned[saved])
 
     def _backward(self, saved: frozenset[str] | None, module: fx.GraphModule) -> Callable[..., Any]:
         self.backward[saved] = module.graph
-        return self.recorded(_boxed(self.prepared(with_sums(module)), self.overwritten), module.graph, True)
+        over = partial(self.overwritten, saved=saved)
+        return self.recorded(_boxed(self.prepared(with_sums(module)), over), module.graph, True)
 
     def _compiled(self, module: fx.GraphModule, _: Any = None) -> Callable[..., Any]:
         _donate_nothing()
@@ -111,6 +114,10 @@ class JointGraph:
     def _partition(self, saved: frozenset[str] | None, joint: fx.GraphModule, inputs: Any, options: Any) -> Any:
         if self.graph is None:
             self.graph = _copied(joint.graph)
+        # of this trace: another one's values lie elsewhere
+        self._returned[saved] = {
+            s for n in joint.graph.output_node().all_input_nodes for s in storages(n.meta.get("val"))
+        }
         if saved is not None:
             once = self.only_once(joint.graph)
             for node in forward_nodes(joint.graph):

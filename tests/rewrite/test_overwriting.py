@@ -42,13 +42,13 @@ def given(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
     return gated_activation(x, x @ v, "silu") @ w
 
 
-BOTH, GATE = {"gated_activation_backward", "lora_linear_backward"}, {"gated_activation_backward"}
-BLOCKS: dict[str, tuple[Callable[..., Any], set[str], set[str]]] = {
-    "feed_forward": (feed_forward, BOTH, BOTH),
-    "handed_out": (handed_out, set(), GATE),  # computed again, it is another
-    "given": (given, set(), set()),
+BOTH = {"gated_activation_backward", "lora_linear_backward"}
+BLOCKS: dict[str, tuple[Callable[..., Any], set[str]]] = {
+    "feed_forward": (feed_forward, BOTH),
+    "handed_out": (handed_out, set()),
+    "given": (given, set()),
 }
-"""And what is overwritten of what was saved, and of what is computed again."""
+"""And what is overwritten."""
 
 
 def leaves(rows: int = 5) -> list[Tensor]:
@@ -60,7 +60,7 @@ def leaves(rows: int = 5) -> list[Tensor]:
 
 def names(joint: JointGraph, saved: frozenset[str] | None) -> set[str]:
     """Of the operators that overwrite."""
-    return {node.target.name().removeprefix("weft::") for node in joint.overwritten(joint.backward[saved])}
+    return {node.target.name().removeprefix("weft::") for node in joint.overwritten(joint.backward[saved], saved)}
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -68,7 +68,7 @@ def names(joint: JointGraph, saved: frozenset[str] | None) -> set[str]:
 def test_what_nobody_reads_later_is_overwritten(name: str, again: bool) -> None:
     """Whether it was saved or is computed again; not what the caller has, or gave."""
     torch._dynamo.reset()
-    block, *wanted = BLOCKS[name]
+    block, wanted = BLOCKS[name]
     with backend("triton"):
         captured = Captured(block)
         captured(*leaves())
@@ -76,7 +76,21 @@ def test_what_nobody_reads_later_is_overwritten(name: str, again: bool) -> None:
         found = run(lambda *args: captured(*args, saved=saved), leaves())[0]
         for ours, eager in zip(found, run(block, leaves())[0], strict=True):
             torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-5)
-        assert names(captured.joint, saved) == wanted[again]
+        assert names(captured.joint, saved) == wanted
+
+
+def test_what_the_caller_has_stays_as_it_is_whatever_is_saved() -> None:
+    """Of each choice, which is traced anew, and in which gate is saved or not."""
+    torch._dynamo.reset()
+    with backend("triton"):
+        captured = Captured(handed_out)
+        captured(*leaves())
+        for choice in captured.choices():
+            inputs = leaves()
+            y, gate = captured(*inputs, saved=choice.saved)
+            before = gate.detach().clone()
+            (y.sum() + gate.sum()).backward()
+            assert torch.equal(gate.detach(), before), choice
 
 
 @pytest.mark.parametrize("keeps", (False, True))
