@@ -16,7 +16,8 @@ it is NaN, where other products would be NaN or infinite. A row of zeros has the
 Scales go along what remains, not along what is summed: the rows of x and W for x · Wᵀ; for dy · W the rows of dy and the
 columns of W, which are therefore quantized apart, and turned, for the matrix units want both sides along the sum.
 
-Nothing is kept: a weight stays as it is stored and is quantized for each product. Read and written for each bfloat16
+Nothing is kept unless the layout asks for it (:mod:`.fp8_kept`): a weight stays as it is stored and is quantized for each
+product. Read and written for each bfloat16
 weight are 2 + 1 bytes by rows, 2 + 2 + 1 by columns (the amax first), and a 4-bit weight is dequantized before. The linears
 of a Llama-3-8B block, 218 M weights, take 0.65 GB of traffic forward and 1.09 GB backward; of memory, for a moment, one
 byte for each weight of one linear. Up to :data:`FEW_ROWS` rows, where a product is bound by reading the weight, it is read

@@ -109,20 +109,8 @@ def _lora_linear_backward(
 
 
 @_lora_linear_backward.register_overwriting("x")
-def _(
-    dy: Tensor,
-    x: Tensor | None,
-    t: Tensor | None,
-    weight: list[Tensor],
-    layout: str,
-    a: Tensor,
-    b: Tensor,
-    scale: float,
-    own: bool,
-    z: Tensor | None,
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> list[Tensor]:
+def _(dy: Tensor, x: Tensor | None, *rest: Any) -> list[Tensor]:
+    t, weight, layout, a, b, scale, own, z, dtype, needs = rest
     with no_autocast(dy):
         linear = Linear(weight, Layout.decode(layout), scale, own, None, a, b, z)
         return backward([dy], x, t, [linear], dtype, needs, over=x)

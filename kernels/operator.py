@@ -115,7 +115,7 @@ class Operator(Generic[P, R]):
         """Registers the gradients, as :func:`torch.library.register_autograd` does."""
         self.backward, self.setup_context = backward, setup_context
 
-    def register_overwriting(self, *arguments: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    def register_overwriting(self, *arguments: str) -> Callable[[Callable[..., R]], Callable[..., R]]:
         """Registers what computes the same, and may write its results where these arguments, tensors, lie.
 
         A graph that is run finds it as the operator's attribute ``overwriting``, and the arguments' positions as ``overwritten``.
@@ -123,7 +123,7 @@ class Operator(Generic[P, R]):
         to be, the operator itself is called.
         """
 
-        def register(body: Callable[P, R]) -> Callable[P, R]:
+        def register(body: Callable[..., R]) -> Callable[..., R]:
             def call(*args: Any) -> Any:
                 bare = None if _runs_again() or _watched() else _bare(args)
                 return self(*args) if bare is None else self._run(body, bare)  # pyright: ignore[reportCallIssue]

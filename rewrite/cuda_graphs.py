@@ -120,15 +120,13 @@ class Recordings:
     def give_up(self) -> None:
         """Let go of all recordings and of what they keep; calls of these sizes run kernel by kernel from now on."""
         self.given_up += self.count
-        self._drop()
+        self.start_over()
         for calls in list(self._calls):
             calls.wanted = dict.fromkeys(calls.wanted, False)
 
     def start_over(self) -> None:
-        """Let go of all recordings: what operators made of weights, and recordings read, is of weights that have changed."""
-        self._drop()
-
-    def _drop(self) -> None:
+        """Let go of all recordings, to be made anew: what operators made of weights, and these read, may be of weights that have
+        changed."""
         if self.device_type == "cuda":
             torch.cuda.synchronize()  # what is replayed now must end before its memory is somebody else's
         for calls in list(self._calls):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -19,7 +19,7 @@ GROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit
 def resident_bytes(parameters: Sequence[Tensor], buffers: Iterable[Tensor], device: torch.device) -> int:
     """Bytes taken now: on a GPU what its allocator has given out, elsewhere the model and its gradients."""
     if device.type == "cuda":
-        return _counted(device, "allocated_bytes")
+        return _stats(device)("allocated_bytes")
     held = [*parameters, *buffers, *(p.grad for p in parameters if p.grad is not None)]
     storages = [here(t).untyped_storage() for t in held]
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
@@ -36,18 +36,20 @@ def free_bytes(device: torch.device) -> int:
     if device.type != "cuda":
         return 2**62
     free, _ = torch.cuda.mem_get_info(device)
-    return free + _counted(device, "reserved_bytes") - _counted(device, "allocated_bytes")
+    stats = _stats(device)
+    return free + stats("reserved_bytes") - stats("allocated_bytes")
 
 
 def peak_bytes(device: torch.device) -> int | None:
     """The most that torch's allocator has given out since its statistics began; None where there are none."""
-    return _counted(device, "allocated_bytes", "peak") if device.type == "cuda" else None
+    return _stats(device)("allocated_bytes", "peak") if device.type == "cuda" else None
 
 
-def _counted(device: torch.device, what: str, when: str = "current") -> int:
-    """A figure of torch's allocator. ``torch.cuda.memory_allocated`` sorts all of them first, while a step waits."""
+def _stats(device: torch.device) -> Callable[..., int]:
+    """Figures of torch's allocator, by what they are of and when. ``torch.cuda.memory_allocated`` sorts all of them first, while a
+    step waits."""
     stats = torch.cuda.memory_stats_as_nested_dict(device)
-    return stats[what]["all"][when] if stats else 0
+    return lambda what, when="current": stats[what]["all"][when] if stats else 0
 
 
 @cache

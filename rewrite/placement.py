@@ -74,7 +74,8 @@ def thriftier(costs: BlockCosts, most: int) -> BlockCosts:
     which keeps least."""
     here = [o for o in costs.options if not o.host_bytes]
     fitting = [o for o in here if o.bytes <= most] or [min(here, key=attrgetter("bytes"))]
-    return replace(costs, options=(one := (min(fitting, key=attrgetter("seconds")),)), narrow=one)
+    only = (min(fitting, key=attrgetter("seconds")),)
+    return replace(costs, options=only, narrow=only)
 
 
 def hull(options: Sequence[Option], price: float = 0.0) -> tuple[Option, ...]:

@@ -54,7 +54,8 @@ def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpoint
     held = 0 if given is None else given.numel() * given.element_size()
     inside = set(forward_nodes(joint.graph))
     # where copies have something to hide behind, the device is what takes the time: launches are not counted
-    running: Callable[[fx.Node], float] = lambda node: node_seconds(node, of, replace(rates, call=0.0))  # noqa: E731
+    launched = replace(rates, call=0.0)
+    running: Callable[[fx.Node], float] = lambda node: node_seconds(node, of, launched)  # noqa: E731
     forward, backward = (
         sum(running(n) for n in joint.graph.nodes if (n in inside) is first) for first in (True, False)
     )
