@@ -46,8 +46,8 @@ def peak_bytes(device: torch.device) -> int | None:
 
 
 def _stats(device: torch.device) -> Callable[..., int]:
-    """Figures of torch's allocator, by what they are of and when. ``torch.cuda.memory_allocated`` sorts all of them first, while a
-    step waits."""
+    """Figures of torch's allocator, by what they are of and when. ``torch.cuda.memory_allocated`` sorts all of them first,
+    while a step waits."""
     stats = torch.cuda.memory_stats_as_nested_dict(device)
     return lambda what, when="current": stats[what]["all"][when] if stats else 0
 
