@@ -197,10 +197,12 @@ class StepMemory:
         now = resident_bytes(self.parameters, self.model.buffers(), device) - self._kept(former)
         limit = now + int(FILLED * free_bytes(device)) if self.limit == "free" else self.limit
         expected = self._passes.get(self._shapes, ())
-        given = activation(args)
-        self._given = 0 if given is None else given.nbytes
-        head = max((h.at(given.numel()) for h in self.heads), default=0) if given is not None else 0
+        # not what the first block is given, which needs no gradient where nothing is trained before it
+        self._given = max([costs.result, *(self._costs[k].result for k in expected)])
+        head = max((h.at(self._given) for h in self.heads), default=0)
         backward = max([costs.working, *(self._costs[k].working for k in expected)])
+        if expected:  # the last block is like most, the first may be given what needs no gradient
+            costs = self._costs[expected[-1]]
         working = max(backward, head + costs.options[0].bytes) + self._beyond
         least = working + len(self.paths) * costs.options[-1].bytes
         if limit != "min" and self.recordings is not None and self.recordings.count and limit - now < least:

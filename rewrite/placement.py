@@ -51,6 +51,7 @@ class BlockCosts:
         narrow: the options that send no more to the host than the block's input, so that little is on its way; those that may
             be best, with the waiting for copies among their seconds.
         forward, backward: seconds that they take if all is saved.
+        result: bytes of what it returns, of the first tensor of that with a gradient.
     """
 
     options: tuple[Option, ...]
@@ -58,6 +59,7 @@ class BlockCosts:
     narrow: tuple[Option, ...] = ()
     forward: float = 0.0
     backward: float = 0.0
+    result: int = 0
 
     def __post_init__(self) -> None:
         if not self.narrow:

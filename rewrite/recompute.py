@@ -61,7 +61,13 @@ def block_costs(joint: JointGraph, args: Sequence[Any], rates: Rates, checkpoint
     )
     near = _options(choices, held, rates)
     away = [] if checkpointed else _all_away([*choices, *one_more(problem, choices)], held, rates)
-    return BlockCosts((*near, *away), _working(joint, of, held), without_waiting(near, forward), forward, backward)
+    options, working = (*near, *away), _working(joint, of, held)
+    return BlockCosts(options, working, without_waiting(near, forward), forward, backward, _result(joint.graph, of))
+
+
+def _result(joint: fx.Graph, of: Evaluate) -> int:
+    gradients = [n for n in joint.nodes if n.op == "placeholder" and n.name.startswith("tangents")]
+    return value_bytes(gradients[0].meta["val"], of) if gradients else 0
 
 
 def node_seconds(node: fx.Node, of: Evaluate, rates: Rates) -> float:
@@ -113,24 +119,24 @@ def _overwritten(operands: Sequence[fx.Node], of: Evaluate) -> int:
 
 @dataclass(frozen=True)
 class Head:
-    """What a graph beside the blocks, that of the head and the loss most often, has alive for ``numel`` numbers of input."""
+    """What a graph beside the blocks, that of the head and the loss most often, has alive for an input of ``given`` bytes."""
 
     bytes: int
-    numel: int
+    given: int
     parts: int = 0
     most: int = 0
-    """What is taken in parts, such as logits, would take at once for ``numel``; and the most that a part takes."""
+    """What is taken in parts, such as logits, would take at once for ``given``; and the most that a part takes."""
 
-    def at(self, numel: int) -> int:
-        """For ``numel`` numbers of input."""
-        return self.bytes * numel // self.numel + min(self.parts * numel // self.numel, self.most)
+    def at(self, given: int) -> int:
+        """For an input of ``given`` bytes."""
+        return self.bytes * given // self.given + min(self.parts * given // self.given, self.most)
 
 
 def head_of(graph: fx.Graph, fakes: Sequence[Any]) -> Head | None:
     """Of a graph that runs node by node: all that it computes, two gradients of the largest, and what a call takes in parts; None
     without an input."""
-    given = activation(fakes)
-    if given is None:
+    activated = activation(fakes)
+    if activated is None:
         return None
     hint: Evaluate = lambda size: size.node.hint if isinstance(size, torch.SymInt) else int(size)  # noqa: E731
     inputs = {s for n in graph.nodes if n.op == "placeholder" for s in storages(n.meta.get("val"))}
@@ -140,9 +146,9 @@ def head_of(graph: fx.Graph, fakes: Sequence[Any]) -> Head | None:
             key = tensor.untyped_storage()._cdata
             if key not in inputs:
                 made[key] = max(made.get(key, 0), value_bytes(tensor, hint))
-    numel = value_bytes(given, hint) // given.element_size()
+    given = value_bytes(activated, hint)
     parts, most = max(((_in_parts(n, hint), most) for n in graph.nodes if (most := _most_at_once(n))), default=(0, 0))
-    return Head(sum(made.values()) + 2 * max(made.values(), default=0), numel, parts, most) if numel else None
+    return Head(sum(made.values()) + 2 * max(made.values(), default=0), given, parts, most) if given else None
 
 
 def _most_at_once(node: fx.Node) -> int:

@@ -29,9 +29,12 @@ def _no_output_aliases_an_input() -> None:
 
 @pytest.fixture(autouse=True)
 def _as_precise_as_before() -> Iterator[None]:
-    """Trainer under torch.compile turns TensorFloat-32 on for all that the process computes later."""
-    kept = torch.backends.fp32_precision
+    """Trainer under torch.compile turns TensorFloat-32 on for all that the process computes later; accelerate does so by the
+    older of torch's two settings, and on a GPU alone."""
+    kept, of_products = torch.backends.fp32_precision, torch.get_float32_matmul_precision()
     yield
+    if torch.get_float32_matmul_precision() != of_products:
+        torch.set_float32_matmul_precision(of_products)
     torch.backends.fp32_precision = kept
 
 

@@ -142,6 +142,15 @@ def test_all_is_saved_only_where_it_fits(roomy: tuple[Any, Any], thrifty: tuple[
     )
 
 
+def test_the_head_counts_where_the_first_block_is_given_what_needs_no_gradient(thrifty: tuple[Any, Any]) -> None:
+    model, plain = planned("min", with_lora(llama(num_hidden_layers=3)))
+    for _ in range(2):
+        assert_same(step(model), step(plain))
+        step(thrifty[0])
+    ours, other = plan_of(model), plan_of(thrifty[0])
+    assert ours.working == other.working and ours.blocks[-1].saved_bytes == other.blocks[-1].saved_bytes
+
+
 def test_lengths_that_come_later_are_planned_at_their_sizes(roomy: tuple[Any, Any]) -> None:
     model, plain = roomy
     sizes = []
