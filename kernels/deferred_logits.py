@@ -16,6 +16,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
 
+from .operator import most_at_once
+
 _FREE = {
     getattr(Tensor, name).__get__
     for name in (
@@ -133,6 +135,7 @@ def _logits(x: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softca
         return torch.tanh(logits / softcap) * softcap if softcap else logits
 
 
+@most_at_once(0)
 def deferred_logits(
     x: Tensor, weight: Tensor, bias: Tensor | None, *, logit_scale: float = 1.0, softcap: float = 0.0
 ) -> Tensor:
@@ -169,6 +172,7 @@ def deferred_logits(
     return DeferredLogits(compute, like)
 
 
+@most_at_once(0)
 def dropped_logits(x: Tensor, weight: Tensor, error: type[Exception]) -> Tensor:
     """Logits that raise ``error`` when read."""
     if isinstance(x, FakeTensor):

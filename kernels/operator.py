@@ -61,7 +61,7 @@ def operator(name: str, adds: str | None = None) -> Callable[[Callable[P, R]], O
 
 def most_at_once(bytes: int) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Says of the decorated function, whose first arguments are x and a weight, that it takes the product of both in parts: its
-    attribute ``most_at_once`` is the most bytes of one."""
+    attribute ``most_at_once`` is the most bytes of one, 0 where it takes none unless somebody reads it."""
 
     def mark(function: Callable[P, R]) -> Callable[P, R]:
         setattr(function, "most_at_once", bytes)  # noqa: B010 (no type checker knows the attribute)

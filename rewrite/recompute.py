@@ -133,33 +133,35 @@ class Head:
 
 
 def head_of(graph: fx.Graph, fakes: Sequence[Any]) -> Head | None:
-    """Of a graph that runs node by node: all that it computes, two gradients of the largest, and what a call takes in parts; None
-    without an input."""
+    """Of a graph that runs node by node: all that it computes, two gradients of the largest, and what a call takes in parts,
+    beside its operand and that one's gradient; None without an input."""
     activated = activation(fakes)
     if activated is None:
         return None
     hint: Evaluate = lambda size: size.node.hint if isinstance(size, torch.SymInt) else int(size)  # noqa: E731
     inputs = {s for n in graph.nodes if n.op == "placeholder" for s in storages(n.meta.get("val"))}
     made: dict[int, int] = {}
+    in_parts = {n: most for n in graph.nodes if (most := _most_at_once(n)) is not None}
     for node in graph.nodes:
-        for tensor in tensors(node.meta.get("val")):
+        for tensor in tensors(node.meta.get("val")) if in_parts.get(node) != 0 else ():
             key = tensor.untyped_storage()._cdata
             if key not in inputs:
                 made[key] = max(made.get(key, 0), value_bytes(tensor, hint))
     given = value_bytes(activated, hint)
-    parts, most = max(((_in_parts(n, hint), most) for n in graph.nodes if (most := _most_at_once(n))), default=(0, 0))
-    return Head(sum(made.values()) + 2 * max(made.values(), default=0), given, parts, most) if given else None
+    parts, most, read = max((_in_parts(n, most, hint) for n, most in in_parts.items() if most), default=(0, 0, 0))
+    return Head(sum(made.values()) + 2 * max([read, *made.values()]), given, parts, most) if given else None
 
 
-def _most_at_once(node: fx.Node) -> int:
-    """The most bytes that a call computes at a time of what it computes in parts; 0 where it does not."""
-    return getattr(node.target, "most_at_once", 0) if node.op == "call_function" else 0
+def _most_at_once(node: fx.Node) -> int | None:
+    """The most bytes that a call computes at a time of what it computes in parts; None where it computes all at once."""
+    return getattr(node.target, "most_at_once", None) if node.op == "call_function" else None
 
 
-def _in_parts(node: fx.Node, of: Evaluate) -> int:
-    """Bytes of the product of such a call's first operands, in the dtype of the first."""
+def _in_parts(node: fx.Node, most: int, of: Evaluate) -> tuple[int, int, int]:
+    """Bytes of the product of such a call's first operands, in the dtype of the first; of a part, at most; and of the first."""
     x, weight = (n.meta["val"] for n in node.all_input_nodes[:2])
-    return value_bytes(x, of) // of(x.shape[-1]) * of(weight.shape[0])
+    bytes = value_bytes(x, of)
+    return bytes // of(x.shape[-1]) * of(weight.shape[0]), most, bytes
 
 
 def _unpacked(node: fx.Node, of: Evaluate) -> int:

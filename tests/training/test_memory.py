@@ -151,6 +151,14 @@ def test_the_head_counts_where_the_first_block_is_given_what_needs_no_gradient(t
     assert ours.working == other.working and ours.blocks[-1].saved_bytes == other.blocks[-1].saved_bytes
 
 
+def test_logits_that_nobody_computes_take_no_memory() -> None:
+    model, _ = planned("min", adapted(2, vocab_size=4096))
+    step(model)
+    logits = INPUTS["input_ids"].numel() * 4096 * 4
+    head = plan_of(model).working - plan_of(model).blocks[-1].saved_bytes
+    assert logits <= head <= 1.25 * logits, "those of the loss, which are computed in one part here"
+
+
 def test_lengths_that_come_later_are_planned_at_their_sizes(roomy: tuple[Any, Any]) -> None:
     model, plain = roomy
     sizes = []
