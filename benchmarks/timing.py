@@ -13,8 +13,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-BATCH = 5
+FEW, MANY = 5, 64
 """Calls that are queued at a time: few enough for the driver's queue to hold all their launches."""
+
+LONG_ENOUGH = 2000.0
+"""Microseconds of a batch in which the microsecond or two of its events no longer counts."""
+
+BATCHES = 5
 
 CYCLES_PER_SECOND = 2e9
 """At least the clock of today's devices: a wait of so many cycles lasts a second or longer."""
@@ -71,38 +76,41 @@ def _on_cpu(calls: Sequence[Callable[[], Any]], repeats: int) -> Timing:
 
 
 def _on_cuda(calls: Sequence[Callable[[], Any]], repeats: int) -> Timing:
-    """Each batch is queued behind a wait, so that the host is ahead and no event waits for a launch."""
+    """Each batch is queued behind a wait, so that the host is ahead and no event waits for a launch. A sample is the mean of a
+    batch, whose calls follow each other as they do in a model: events around every single one would add to its time."""
     torch.cuda.synchronize()
     started = time.perf_counter()
     calls[0]()
-    lead = 2e-3 + 2 * BATCH * (time.perf_counter() - started)
+    host = time.perf_counter() - started
+    roughly = _batch(calls, 0, FEW, 2e-3 + 2 * FEW * host)[0]
+    size = max(FEW, min(MANY, int(LONG_ENOUGH / max(roughly, 1.0))))
+    lead = 2e-3 + 2 * size * host
     device_us: list[float] = []
     host_us: list[float] = []
     host_bound = False
-    while len(device_us) < repeats:
-        samples, host, ahead = _batch(calls, len(device_us), lead)
+    while len(device_us) < max(BATCHES, math.ceil(repeats / size)):
+        sample, host, ahead = _batch(calls, len(device_us) * size, size, lead)
         if not ahead and lead < LONGEST_LEAD:
             lead *= 2
             continue
-        device_us += samples
+        device_us.append(sample)
         host_us.append(host)
         host_bound |= not ahead
     return Timing(statistics.median(device_us), statistics.median(host_us), host_bound)
 
 
-def _batch(calls: Sequence[Callable[[], Any]], first: int, lead: float) -> tuple[list[float], float, bool]:
-    """Microseconds of each call, of the host a call, and whether all was queued before the first call began."""
-    waited = torch.cuda.Event()
-    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(BATCH)]
+def _batch(calls: Sequence[Callable[[], Any]], first: int, size: int, lead: float) -> tuple[float, float, bool]:
+    """Microseconds a call on the device, and on the host, and whether all was queued before the first call began."""
+    waited, start, end = torch.cuda.Event(), torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     torch.cuda._sleep(int(lead * CYCLES_PER_SECOND))
     waited.record()
     started = time.perf_counter()
-    for i, (start, end) in enumerate(events):
-        start.record()
-        calls[(first + i) % len(calls)]()
-        end.record()
-    host = (time.perf_counter() - started) / BATCH
+    start.record()
+    for i in range(first, first + size):
+        calls[i % len(calls)]()
+    end.record()
+    host = (time.perf_counter() - started) / size
     ahead = not waited.query()
     torch.cuda.synchronize()
-    return [start.elapsed_time(end) * 1e3 for start, end in events], host * 1e6, ahead
+    return start.elapsed_time(end) * 1e3 / size, host * 1e6, ahead
