@@ -121,7 +121,9 @@ def log_probabilities(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr
 def smoothed(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
     """(1 − ε)·picked + ε·mean, of log probabilities, or both negative, is picked with smoothed labels."""
     first, second = _term(x), _term(y)
-    if alpha != 1 or not shape_of(x) == shape_of(y) == shape_of(at) != () or v.pattern:
+    if op_of(first[0], "picked") is None and op_of(second[0], "picked") is None:
+        return None
+    if alpha != 1 or v.pattern or not shape_of(x) == shape_of(y) == shape_of(at) != ():
         return None
     second = second[0], second[1] * (-1 if at.op == "sub" else 1)
     (chosen, a), (mean, b) = (first, second) if op_of(first[0], "picked") else (second, first)

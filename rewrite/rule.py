@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, ClassVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import fx
@@ -55,12 +56,20 @@ class RewriteRule:
 
     @cached_property
     def patterns(self) -> tuple[Pattern, ...]:
-        """All variants, largest first."""
-        return trace_patterns(self.pattern, self.variants)
+        """All variants, largest first. Rules that are made without arguments have those of their class, traced once."""
+        if vars(self):
+            return trace_patterns(self.pattern, self.variants)
+        kind = type(self)
+        if kind not in _TRACED:
+            _TRACED[kind] = trace_patterns(self.pattern, self.variants)
+        return _TRACED[kind]
 
     def refuse(self, m: Match, reason: str) -> Refusal:
         """The refusal of this rule at ``m``."""
         return Refusal(self.name, module_path(m.anchor), source(m.anchor), reason)
+
+
+_TRACED: WeakKeyDictionary[type[RewriteRule], tuple[Pattern, ...]] = WeakKeyDictionary()
 
 
 def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
