@@ -91,6 +91,8 @@ class StepMemory:
     _called: list[Key] = field(default_factory=list)
     _costs: dict[Key, BlockCosts] = field(default_factory=dict)
     _chosen: dict[Key, Option] = field(default_factory=dict)
+    _assumed: dict[str, tuple[BlockCosts, Option]] = field(default_factory=dict)
+    """Of blocks that have not run yet: what they were taken to cost, and what was chosen for them."""
     _passes: dict[Any, list[Key]] = field(default_factory=dict)
     _shapes: Any = None
     _given: int = 0
@@ -179,9 +181,19 @@ class StepMemory:
         changed = self._costs.get(key) is not costs
         self._called.append(key)
         self._costs[key] = costs
-        if begins or changed or key not in self._chosen:
+        if begins or ((changed or key not in self._chosen) and not self._is_as_assumed(key, costs)):
             self._choose(key, costs)
         return self._chosen[key]
+
+    def _is_as_assumed(self, key: Key, costs: BlockCosts) -> bool:
+        """Whether the last choice took a block for what it is, in its place: it is what is chosen for it then."""
+        assert self.plan is not None
+        taken_for, option = self._assumed.pop(key[0], (None, None))
+        place = self.plan.blocks[len(self._called) - 1 :][:1]
+        if option is None or taken_for is not costs or [b.path for b in place] != [key[0]]:
+            return False
+        self._chosen[key] = option
+        return True
 
     def _begin(self, args: Sequence[Any], costs: BlockCosts) -> None:
         """A forward begins: see what memory there is."""
@@ -197,6 +209,8 @@ class StepMemory:
         now = resident_bytes(self.parameters, self.model.buffers(), device) - self._kept(former)
         limit = now + int(FILLED * free_bytes(device)) if self.limit == "free" else self.limit
         expected = self._passes.get(self._shapes, ())
+        if not expected:  # nothing chosen before was for such inputs
+            self._chosen.clear()
         # not what the first block is given, which needs no gradient where nothing is trained before it
         self._given = max([costs.result, *(self._costs[k].result for k in expected)])
         head = max((h.at(self._given) for h in self.heads), default=0)
@@ -277,8 +291,10 @@ class StepMemory:
         # pinning much of the host's memory is for who sets a limit to ask for: else inputs go there alone
         host = 0 if self.limit == "free" else host_memory() - sum(b.host_bytes for b in plan.blocks[:done])
         chosen = self._within([self._costs.get(k, like) for k in to_come], room, host)
-        self._chosen |= dict(zip(to_come, chosen.options, strict=True))
-        plan.blocks[done:] = [_record(path, o) for (path, _), o in zip(to_come, chosen.options, strict=True)]
+        made = list(zip(to_come, chosen.options, strict=True))
+        self._chosen |= {k: o for k, o in made if k[1]}
+        self._assumed = {path: (like, o) for (path, block), o in made if not block}
+        plan.blocks[done:] = [_record(path, o) for (path, _), o in made]
         plan.ahead = chosen.ahead
         if self.recordings is not None and plan.limit is not None:
             recorded = sum(b.saved_bytes + RECORDED * self._given for b in plan.blocks)

@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
+from .pinned import pinned_like
+
 LARGE = 2**20
 """Bytes below which a tensor stays: it frees little, and launching its copies takes as long as a large one's."""
 
@@ -87,7 +89,7 @@ class HostStore:
 
     def _buffer(self, like: Tensor) -> Tensor:
         free = self._free.setdefault(_form(like), [])
-        return free.pop() if free else torch.empty_like(like, device="cpu", pin_memory=True)
+        return free.pop() if free else pinned_like(like)
 
     def _send(self, group: Group) -> None:
         """Begin to copy what one block saves: one wait for the computation, and one event, for all of it."""

@@ -190,11 +190,12 @@ def options_within(blocks: Sequence[BlockCosts], room: int | None, host: int, sp
 
 def _candidates(blocks: Sequence[BlockCosts], room: int, spare: int, ahead: int) -> Iterator[Placement]:
     """What is chosen at each price of copying, by the most that one block may send away."""
-    sizes = sorted({o.host_bytes for b in blocks for o in b.options})
+    distinct = {id(b): b for b in blocks}
+    sizes = sorted({o.host_bytes for b in distinct.values() for o in b.options})
     sizes = [n for n in sizes if n <= room]
     for most in sizes[:: -max(len(sizes) // MOST_AWAY, 1)]:
         for price in COPY_PRICES:
-            allowed = {id(b): hull(_allowed(b.options, most), price) for b in blocks}
+            allowed = {key: hull(_allowed(b.options, most), price) for key, b in distinct.items()}
             options, moving = [allowed[id(b)] for b in blocks], ahead * most
             for _ in range(2):
                 chosen = spread(blocks, choose_options(options, room - moving, price))
