@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from . import graph as g
 from .alike import Alias
-from .blocks import BlockGraph, StepMemory
+from .blocks import BlockGraph
 from .device_memory import free_bytes
 from .driver import Verifier
 from .errors import first_line
@@ -26,6 +26,7 @@ from .lower import has_checkpoint, lower
 from .pipeline import Pass, run_pipeline
 from .recompute import head_of
 from .report import GraphRecord, RegionRecord, RewriteReport
+from .step_memory import StepMemory
 from .verify import Replayer
 
 _log = logging.getLogger(__name__)

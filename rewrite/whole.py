@@ -7,7 +7,6 @@ from contextlib import nullcontext
 
 from torch import nn
 
-from .blocks import Limit, StepMemory
 from .capture import Session
 from .cuda_graphs import Recordings
 from .install import Installation
@@ -15,6 +14,7 @@ from .ladder import noting_calls, outside, unreached
 from .pipeline import Pass
 from .regions import Plan, Site, plan_sites
 from .report import RewriteReport
+from .step_memory import Limit, StepMemory
 
 
 def capture_model(

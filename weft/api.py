@@ -21,13 +21,13 @@ from weft.quant.budget import parse_memory
 from weft.quant.formats import FORMATS
 from weft.quant.modules import Replaced, give_back
 from weft.quant.plan import PrecisionBudget, PrecisionPlan
-from weft.rewrite.blocks import Limit
 from weft.rewrite.check import check_gradients, check_model
 from weft.rewrite.errors import ExampleInputsError, InternalError, OptionError, UndoError, WeftError
 from weft.rewrite.examples import check_examples, make_examples
 from weft.rewrite.install import Installation
 from weft.rewrite.pipeline import Pass
 from weft.rewrite.state import preserved
+from weft.rewrite.step_memory import Limit
 from weft.rewrite.whole import capture_model, on_gpu
 from weft.saving import describe
 from weft.wrappers import innermost

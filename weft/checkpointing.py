@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from weft.rewrite.blocks import StepMemory
+from weft.rewrite.step_memory import StepMemory
 
 NAME = "_gradient_checkpointing_func"
 

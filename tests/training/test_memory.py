@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
 
 import weft
-from weft.rewrite import blocks
+from weft.rewrite import blocks, step_memory
 from weft.rewrite.errors import OptionError
 from weft.rewrite.rates import Rates
 from weft.rewrite.recompute import MemoryPlan
@@ -250,7 +250,7 @@ def test_what_a_step_took_beyond_its_limit_is_counted_in(monkeypatch: pytest.Mon
     """But not what an evaluation between two steps took, which is far more."""
     model, plain = planned("24GB")
     wanted, peak = step(plain), [0]
-    monkeypatch.setattr(blocks, "peak_bytes", lambda device: peak[0])
+    monkeypatch.setattr(step_memory, "peak_bytes", lambda device: peak[0])
     step(model)
     limit = model.rewrite_report.steps.limit = int(plan_of(model).predicted * 0.9)
     step(model)
@@ -267,6 +267,21 @@ def test_what_a_step_took_beyond_its_limit_is_counted_in(monkeypatch: pytest.Mon
     assert plan_of(model).working == learned.working
 
 
+@pytest.mark.parametrize(("first_is_alike", "times"), [(True, 1), (False, 2)])
+def test_blocks_that_cost_what_they_were_taken_to_are_chosen_for_once(
+    first_is_alike: bool, times: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, plain = planned("min", adapted(4) if first_is_alike else with_lora(llama(num_hidden_layers=4)))
+    asked, chosen = list[Any](), step_memory.options_within
+    monkeypatch.setattr(step_memory, "options_within", lambda *args: asked.append(args) or chosen(*args))
+    assert_same(step(model), step(plain))
+    assert len(asked) == times and len(plan_of(model).blocks) == 4
+    other = batch(2, 10)
+    assert_same(step(model, other), step(plain, other))
+    _, *held = held_bytes(model, other).items()
+    assert held == list(saved_bytes(model).items())[1:], "the first one's input is there in any case"
+
+
 def test_little_more_room_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
     """Choosing takes the host longer than a block."""
     model, _ = planned("24GB")
@@ -274,8 +289,8 @@ def test_little_more_room_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> 
     steps, asked = model.rewrite_report.steps, list[Any]()
     limit = steps.limit = int(plan_of(model).predicted * 0.9)
     step(model)
-    chosen = blocks.options_within
-    monkeypatch.setattr(blocks, "options_within", lambda *args: asked.append(args) or chosen(*args))
+    chosen = step_memory.options_within
+    monkeypatch.setattr(step_memory, "options_within", lambda *args: asked.append(args) or chosen(*args))
     room = limit - plan_of(model).resident - plan_of(model).working
     for more in (0, room // 64, -(room // 64), 0):
         steps.limit = limit + more

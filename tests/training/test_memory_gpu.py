@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import weft
-import weft.rewrite.blocks
+import weft.rewrite.step_memory
 from weft.rewrite.offload import HostStore
 from weft.rewrite.placement import BlockCosts, Placement
 
@@ -61,7 +61,7 @@ def test_all_that_blocks_save_on_the_host(monkeypatch: pytest.MonkeyPatch) -> No
         sent = [next((o for o in b.options if o.all_away), b.options[0]) for b in blocks[:-1]]
         return Placement([*sent, blocks[-1].options[0]], ahead=2)
 
-    monkeypatch.setattr(weft.rewrite.blocks, "options_within", away)
+    monkeypatch.setattr(weft.rewrite.step_memory, "options_within", away)
     inputs, (model, plain) = on_gpu(batch(8, 256)), planned("1TB")
     for _ in range(4):
         assert_same(outcome(model, inputs), outcome(plain, inputs), rounding=1e-3)
