@@ -77,7 +77,7 @@ def assert_close(found: Sequence[Tensor], wanted: Sequence[Tensor]) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
-@settings(cases, max_examples=max(4, cases.max_examples // 20))
+@settings(cases, max_examples=max(4, cases.max_examples // 40))
 @given(
     programs, st.sampled_from([1, 2]), st.sampled_from([(True, True, True), (True, False, True), (False, True, True)])
 )
