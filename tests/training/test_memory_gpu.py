@@ -12,6 +12,7 @@ from torch import Tensor
 import weft
 import weft.rewrite.step_memory
 from weft.rewrite.offload import HostStore
+from weft.rewrite.pinned import LARGE, pinned_like
 from weft.rewrite.placement import BlockCosts, Placement
 
 from ..models import assert_same, batch, outcome, twin
@@ -124,3 +125,31 @@ def test_a_pinned_buffer_is_used_again_once_it_is_free() -> None:
         torch.testing.assert_close(given.grad, torch.full_like(given, 2 * (seed + 1) * (1 + 4 + 9)))
         kept.clear()
     assert sum(map(len, store._free.values())) == 3
+
+
+@pytest.mark.parametrize("strides", ["rows", "columns"])
+def test_large_buffers_are_locked_page_by_page_and_let_go(strides: str) -> None:
+    """Copies from and to them are queued: the host is free before they are over."""
+    given = torch.randn(4096, 4096 + 1, device="cuda")  # a size that is no whole number of pages
+    given = given if strides == "rows" else given.t()
+    assert given.nbytes >= LARGE
+    for _ in range(3):  # the addresses of what was let go may come again
+        buffer, back = pinned_like(given), torch.empty_like(given)
+        assert buffer.shape == given.shape and buffer.stride() == given.stride() and buffer.device.type == "cpu"
+        torch.cuda._sleep(50_000_000)
+        buffer.copy_(given, non_blocking=True)
+        back.copy_(buffer, non_blocking=True)
+        assert not torch.cuda.current_stream().query(), "still asleep"
+        assert torch.equal(back, given) and torch.equal(buffer, given.cpu())
+        del buffer
+
+
+def test_a_buffer_that_is_dropped_waits_for_its_copy() -> None:
+    given, back = torch.randn(4096, 4096, device="cuda"), torch.empty(4096, 4096, device="cuda")
+    buffer = pinned_like(given)
+    buffer.copy_(given)
+    torch.cuda._sleep(50_000_000)
+    back.copy_(buffer, non_blocking=True)
+    del buffer
+    other = torch.full((4096, 4096), 7.0)  # may lie where it lay
+    assert torch.equal(back, given) and float(other[0, 0]) == 7.0
