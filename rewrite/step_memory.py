@@ -189,23 +189,30 @@ class StepMemory:
             self._chosen.clear()
         # not what the first block is given, which needs no gradient where nothing is trained before it
         self._given = max([costs.result, *(self._costs[k].result for k in expected)])
-        head = max((h.at(self._given) for h in self.heads), default=0)
         backward = max([costs.working, *(self._costs[k].working for k in expected)])
-        if expected:  # the last block is like most, the first may be given what needs no gradient
-            costs = self._costs[expected[-1]]
-        working = max(backward, head + costs.options[0].bytes) + self._beyond
-        least = working + len(self.paths) * costs.options[-1].bytes
+        # the last block is like most, unlike the first
+        last, self._last_most = self._costs[expected[-1]] if expected else costs, None
+        working, all_of_it = self._working(backward, last), last.options[0].bytes
+        least = working + len(self.paths) * last.options[-1].bytes
         if limit != "min" and self.recordings is not None and self.recordings.count and limit - now < least:
             self.recordings.give_up()  # those of other sizes, most of them
             now = self._weights.resident(device)
         resident = now + self._weights.pending(now)
-        self._last_most = None
-        if limit == "min" or resident + working + len(self.paths) * costs.options[0].bytes > limit:
-            self._last_most = max(backward - head, 0)
-            working = max(backward, head + thriftier(costs, self._last_most).options[0].bytes) + self._beyond
-        spare = max(0, working - costs.options[0].bytes)
+        if limit == "min" or resident + working + len(self.paths) * all_of_it > limit:
+            self._last_most = max(backward - self._head, 0)
+            working = self._working(backward, thriftier(last, self._last_most))
+        spare = max(0, working - all_of_it)
         self.plan = MemoryPlan(None if limit == "min" else limit, resident, working, before=former, spare=spare)
         self.plan.peak_before = peak_bytes(device)
+
+    @property
+    def _head(self) -> int:
+        """Bytes that the head and the loss have alive beside what is saved."""
+        return max((h.at(self._given) for h in self.heads), default=0)
+
+    def _working(self, backward: int, last: BlockCosts) -> int:
+        """The most that a backward has alive, or the head beside what the last block saves."""
+        return max(backward, self._head + last.options[0].bytes) + self._beyond
 
     def _look_at_frozen(self) -> None:
         """Recordings may read what was made of weights that are not trained: if these have changed, they are made anew."""
