@@ -324,4 +324,5 @@ def _record(path: str, option: Option) -> BlockMemory:
 
 
 def shapes_of(args: Sequence[Any]) -> tuple[Any, ...]:
+    """By which one call of a block differs from another: shapes, and what is no tensor; parameters left out."""
     return tuple(tuple(a.shape) if isinstance(a, Tensor) else a for a in args if not isinstance(a, nn.Parameter))

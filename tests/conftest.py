@@ -19,6 +19,9 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
 logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # else pytest keeps a record per symbol and line of source
+logging.getLogger(
+    "torch.__trace"
+).handlers.clear()  # else each is still made: this one goes away at the first that it gets
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -34,13 +34,15 @@ class Copies:
         self.done = self.count = 0
         self.pinned: set[int] = set()
 
-    def empty_like(self, like: Tensor, device: Any = None, pin_memory: bool = False) -> Tensor:
+    def empty_like(self, like: Tensor, device: Any = None) -> Tensor:
         """Of no numbers, so that what comes before its copy is seen."""
         made = torch.empty_like(like, device=device)
-        if made.device.type != "meta":
-            made.fill_(torch.nan)
-        if pin_memory:
-            self.pinned.add(made.data_ptr())
+        return made if made.device.type == "meta" else made.fill_(torch.nan)
+
+    def pinned_like(self, like: Tensor) -> Tensor:
+        """The end of a copy that stays."""
+        made = self.empty_like(like, "cpu")
+        self.pinned.add(made.data_ptr())
         return made
 
     def queue(self, to: Tensor, source: Tensor) -> None:
@@ -90,6 +92,7 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
     monkeypatch.setattr(offload, "LARGE", 100)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(offload, "torch", stream.standing_in())
+        monkeypatch.setattr(offload, "pinned_like", stream.pinned_like)
     return stream
 
 
