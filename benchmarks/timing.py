@@ -20,6 +20,7 @@ LONG_ENOUGH = 2000.0
 """Microseconds of a batch in which the microsecond or two of its events no longer counts."""
 
 BATCHES = 5
+"""At least, for a median."""
 
 CYCLES_PER_SECOND = 2e9
 """At least the clock of today's devices: a wait of so many cycles lasts a second or longer."""
@@ -81,10 +82,10 @@ def _on_cuda(calls: Sequence[Callable[[], Any]], repeats: int) -> Timing:
     torch.cuda.synchronize()
     started = time.perf_counter()
     calls[0]()
-    host = time.perf_counter() - started
-    roughly = _batch(calls, 0, FEW, 2e-3 + 2 * FEW * host)[0]
+    once = time.perf_counter() - started
+    roughly, *_ = _batch(calls, 0, FEW, _lead(FEW, once))
     size = max(FEW, min(MANY, int(LONG_ENOUGH / max(roughly, 1.0))))
-    lead = 2e-3 + 2 * size * host
+    lead = _lead(size, once)
     device_us: list[float] = []
     host_us: list[float] = []
     host_bound = False
@@ -97,6 +98,11 @@ def _on_cuda(calls: Sequence[Callable[[], Any]], repeats: int) -> Timing:
         host_us.append(host)
         host_bound |= not ahead
     return Timing(statistics.median(device_us), statistics.median(host_us), host_bound)
+
+
+def _lead(size: int, once: float) -> float:
+    """Seconds in which the host is done with so many calls, of which one took it ``once``."""
+    return 2e-3 + 2 * size * once
 
 
 def _batch(calls: Sequence[Callable[[], Any]], first: int, size: int, lead: float) -> tuple[float, float, bool]:

@@ -45,4 +45,3 @@ def _unlock(address: int, pages: Tensor) -> None:
     """``pages`` are there until then, and until the copies that are under way are over."""
     torch.cuda.synchronize()
     torch.cuda.check_error(_runtime().cudaHostUnregister(address))
-    del pages

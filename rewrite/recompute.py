@@ -141,14 +141,16 @@ def head_of(graph: fx.Graph, fakes: Sequence[Any]) -> Head | None:
     hint: Evaluate = lambda size: size.node.hint if isinstance(size, torch.SymInt) else int(size)  # noqa: E731
     inputs = {s for n in graph.nodes if n.op == "placeholder" for s in storages(n.meta.get("val"))}
     made: dict[int, int] = {}
-    in_parts = {n: most for n in graph.nodes if (most := _most_at_once(n)) is not None}
-    for node in graph.nodes:
-        for tensor in tensors(node.meta.get("val")) if in_parts.get(node) != 0 else ():
+    computed = [n for n in graph.nodes if _most_at_once(n) != 0]
+    for node in computed:
+        for tensor in tensors(node.meta.get("val")):
             key = tensor.untyped_storage()._cdata
             if key not in inputs:
                 made[key] = max(made.get(key, 0), value_bytes(tensor, hint))
     given = value_bytes(activated, hint)
-    parts, most, read = max((_in_parts(n, most, hint) for n, most in in_parts.items() if most), default=(0, 0, 0))
+    parts, most, read = max(
+        (_in_parts(n, most, hint) for n in computed if (most := _most_at_once(n))), default=(0, 0, 0)
+    )
     return Head(sum(made.values()) + 2 * max([read, *made.values()]), given, parts, most) if given else None
 
 

@@ -88,6 +88,7 @@ class StepMemory:
     _passes: dict[Any, list[Key]] = field(default_factory=dict)
     _shapes: Any = None
     _given: int = 0
+    """Bytes of what a block gives to the next."""
     _beyond: int = 0
     """Bytes that a step has taken beyond what was predicted, and beyond its limit."""
     _store: HostStore | None = None
@@ -157,19 +158,20 @@ class StepMemory:
         changed = self._costs.get(key) is not costs
         self._called.append(key)
         self._costs[key] = costs
-        if begins or ((changed or key not in self._chosen) and not self._is_as_assumed(key, costs)):
-            self._choose(key, costs)
+        if begins or changed or key not in self._chosen:
+            assumed = None if begins else self._assumed_option(path, costs)
+            if assumed is None:
+                self._choose(key, costs)
+            else:
+                self._chosen[key] = assumed
         return self._chosen[key]
 
-    def _is_as_assumed(self, key: Key, costs: BlockCosts) -> bool:
-        """Whether the last choice took a block for what it is, in its place: it is what is chosen for it then."""
+    def _assumed_option(self, path: str, costs: BlockCosts) -> Option | None:
+        """What the last choice has for a block that it took for what it is, in its place."""
         assert self.plan is not None
-        taken_for, option = self._assumed.pop(key[0], (None, None))
+        taken_for, option = self._assumed.pop(path, (None, None))
         place = self.plan.blocks[len(self._called) - 1 :][:1]
-        if option is None or taken_for is not costs or [b.path for b in place] != [key[0]]:
-            return False
-        self._chosen[key] = option
-        return True
+        return option if taken_for is costs and [b.path for b in place] == [path] else None
 
     def _begin(self, args: Sequence[Any], costs: BlockCosts) -> None:
         """A forward begins: see what memory there is."""

@@ -18,10 +18,9 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
-logging.getLogger("torch.__trace").setLevel(logging.ERROR)  # else pytest keeps a record per symbol and line of source
-logging.getLogger(
-    "torch.__trace"
-).handlers.clear()  # else each is still made: this one goes away at the first that it gets
+_trace = logging.getLogger("torch.__trace")
+_trace.setLevel(logging.ERROR)  # else pytest keeps a record per symbol and line of source
+_trace.handlers.clear()  # else each is still made: torch's handler takes itself away only when it gets one
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -36,12 +35,14 @@ def _triton_language_is_replaced_once_a_launch() -> Iterator[None]:
     """Triton's interpreter replaces what ``triton.language`` holds at a launch, and again whenever a kernel calls a function
     of its own: looking for them took a quarter of the kernels' tests. Looking for integers that overflow, as no device does and
     none of so few elements can, took another sixth."""
-    if not os.environ.get("TRITON_INTERPRET"):
-        yield
-        return
     import triton.language as tl
     from triton.runtime import interpreter
 
+    from weft.kernels.dispatch import INTERPRETED
+
+    if not INTERPRETED:
+        yield
+        return
     look, inside = interpreter._patch_lang, set[int]()
 
     def once(function: Any) -> Any:

@@ -267,13 +267,19 @@ def test_what_a_step_took_beyond_its_limit_is_counted_in(monkeypatch: pytest.Mon
     assert plan_of(model).working == learned.working
 
 
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """With what arguments options were chosen."""
+    calls, chosen = list[Any](), step_memory.options_within
+    monkeypatch.setattr(step_memory, "options_within", lambda *args: calls.append(args) or chosen(*args))
+    return calls
+
+
 @pytest.mark.parametrize(("first_is_alike", "times"), [(True, 1), (False, 2)])
 def test_blocks_that_cost_what_they_were_taken_to_are_chosen_for_once(
-    first_is_alike: bool, times: int, monkeypatch: pytest.MonkeyPatch
+    first_is_alike: bool, times: int, asked: list[Any]
 ) -> None:
     model, plain = planned("min", adapted(4) if first_is_alike else with_lora(llama(num_hidden_layers=4)))
-    asked, chosen = list[Any](), step_memory.options_within
-    monkeypatch.setattr(step_memory, "options_within", lambda *args: asked.append(args) or chosen(*args))
     assert_same(step(model), step(plain))
     assert len(asked) == times and len(plan_of(model).blocks) == 4
     other = batch(2, 10)
@@ -282,15 +288,14 @@ def test_blocks_that_cost_what_they_were_taken_to_are_chosen_for_once(
     assert held == list(saved_bytes(model).items())[1:], "the first one's input is there in any case"
 
 
-def test_little_more_room_changes_no_choice(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_little_more_room_changes_no_choice(asked: list[Any]) -> None:
     """Choosing takes the host longer than a block."""
     model, _ = planned("24GB")
     step(model)
-    steps, asked = model.rewrite_report.steps, list[Any]()
+    steps = model.rewrite_report.steps
     limit = steps.limit = int(plan_of(model).predicted * 0.9)
     step(model)
-    chosen = step_memory.options_within
-    monkeypatch.setattr(step_memory, "options_within", lambda *args: asked.append(args) or chosen(*args))
+    asked.clear()
     room = limit - plan_of(model).resident - plan_of(model).working
     for more in (0, room // 64, -(room // 64), 0):
         steps.limit = limit + more
