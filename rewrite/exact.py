@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,6 +11,9 @@ from torch.utils._pytree import tree_map
 
 from .graph import autograd_body, storage_roots
 from .vocabulary import bind, operation, target_name
+
+SLICE = 2**25
+"""Numbers of a weight that are in float64 at a time, where all of it need not be."""
 
 
 def upcast(x: Any, on_host: bool = False) -> Any:
@@ -44,6 +48,23 @@ def packed_weights(graph: fx.Graph) -> set[fx.Node]:
     return found
 
 
+def sliced_weights(graph: fx.Graph, inputs: Sequence[Any]) -> list[bool]:
+    """Of each input of ``graph``, whether it is a frozen matrix that linears alone read, as their weight: it need not be widened,
+    for they widen a slice of it at a time. In float64 the head of a language model would take as much as many of its layers."""
+    nodes = [n for n in graph.nodes if n.op == "placeholder"]
+    return [
+        isinstance(i, Tensor) and i.dtype in _NARROW and i.ndim == 2 and not i.requires_grad
+        and bool(n.users) and all(_is_weight_of(n, user) for user in n.users)
+        for n, i in zip(nodes, inputs, strict=True)
+    ]  # fmt: skip
+
+
+def _is_weight_of(node: fx.Node, user: fx.Node) -> bool:
+    if user.op != "call_function" or target_name(user.target) != "linear" or user.all_input_nodes.count(node) != 1:
+        return False
+    return node in (*user.args[1:2], user.kwargs.get("weight"))
+
+
 _NARROW = {torch.float32: torch.float64, torch.bfloat16: torch.float64, torch.float16: torch.float64}
 _DOUBLE_METHODS = {"float": "double", "half": "double", "bfloat16": "double"}
 
@@ -68,6 +89,8 @@ class Float64(fx.Interpreter):
             return None
         if name == "gemm_4bit":
             return _product_4bit(*args, **kwargs)
+        if name == "linear" and (kwargs.get("weight") if len(args) < 2 else args[1]).dtype in _NARROW:
+            return _sliced_linear(*args, **kwargs)
         return super().call_function(target, *self._converted(args, kwargs))
 
     def call_method(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -97,6 +120,32 @@ def _product_4bit(
         absmax = nested + absmax_offset.float()
     weight = ops.dequantize_4bit.default(packed, absmax, block_size, quant_type, tuple(shape), torch.float32)
     return torch.nn.functional.linear(x, weight.double(), bias)
+
+
+def _sliced_linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    y: Any = _SlicedLinear.apply(input, weight)
+    return y if bias is None else y + bias
+
+
+class _SlicedLinear(torch.autograd.Function):
+    """x · Wᵀ in float64 for a frozen W of another dtype, of which some rows at a time are in float64."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx.save_for_backward(weight)
+        return torch.cat([x @ rows.double().t() for rows in _slices(weight)], -1)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        slices = _slices(*ctx.saved_tensors)
+        parts = zip(dy.split([len(rows) for rows in slices], -1), slices, strict=True)
+        return sum(
+            ((part @ rows.double()) for part, rows in parts), torch.zeros((), dtype=dy.dtype, device=dy.device)
+        ), None
+
+
+def _slices(weight: Tensor) -> Sequence[Tensor]:
+    return weight.split(max(SLICE // max(weight.shape[1], 1), 1))
 
 
 def _widen_dtype(x: Any) -> Any:

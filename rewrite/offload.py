@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from .pinned import pinned_like
+from .pinned import PinnedPool
 
 LARGE = 2**20
 """Bytes below which a tensor stays: it frees little, and launching its copies takes as long as a large one's."""
@@ -57,9 +57,14 @@ class HostStore:
     def __init__(self, device: torch.device, ahead: int = 1) -> None:
         self.ahead = ahead
         self._stream = torch.cuda.Stream(device)
-        self._free: dict[tuple[Any, ...], list[Tensor]] = {}
+        self._pool = PinnedPool(device)
         self._leaving: deque[tuple[list[Tensor], Any]] = deque()
         self._waiting: list[Group] = []
+
+    def expect(self, blocks: Iterable[int]) -> None:
+        """The bytes that each block of a forward will have here."""
+        sizes = list(blocks)
+        self._pool.reserve(sum(sizes), max(sizes, default=0))
 
     @contextmanager
     def offloading(self, activation: Tensor, given: Iterable[Any] | None = None) -> Iterator[None]:
@@ -78,7 +83,7 @@ class HostStore:
         def pack(saved: Tensor) -> Any:
             if (saved.data_ptr(), saved.shape) != (address, shape) and (stay is None or not _may_go(saved, stay)):
                 return saved
-            kept = Offloaded(self, group, self._buffer(saved), saved.device)
+            kept = Offloaded(self, group, self._pool.take(saved), saved.device)
             group.add(kept)
             group.going.append((kept.buffer, saved.detach()))
             return kept
@@ -86,10 +91,6 @@ class HostStore:
         with saved_tensors_hooks(pack, lambda kept: kept.back() if isinstance(kept, Offloaded) else kept):
             yield
         self._send(group)
-
-    def _buffer(self, like: Tensor) -> Tensor:
-        free = self._free.setdefault(_form(like), [])
-        return free.pop() if free else pinned_like(like)
 
     def _send(self, group: Group) -> None:
         """Begin to copy what one block saves: one wait for the computation, and one event, for all of it."""
@@ -154,11 +155,7 @@ class HostStore:
 
     def release(self, buffer: Tensor) -> None:
         """``buffer`` may be written again."""
-        self._free.setdefault(_form(buffer), []).append(buffer)
-
-
-def _form(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.shape, tensor.stride(), tensor.dtype
+        self._pool.give(buffer)
 
 
 def _may_go(saved: Tensor, stay: set[int]) -> bool:

@@ -280,9 +280,14 @@ class StepMemory:
         self._assumed = {path: (like, o) for (path, block), o in made if not block}
         plan.blocks[done:] = [_record(path, o) for (path, _), o in made]
         plan.ahead = chosen.ahead
+        self._expect()
         if self.recordings is not None and plan.limit is not None:
             recorded = sum(b.saved_bytes + RECORDED * self._given for b in plan.blocks)
             self.recordings.allowed = plan.predicted + recorded <= plan.limit
+
+    def _expect(self) -> None:
+        if self._store is not None and self.plan is not None:
+            self._store.expect(b.host_bytes for b in self.plan.blocks)
 
     def _within(self, blocks: list[BlockCosts], room: int | None, host: int) -> Placement:
         """For the blocks of a former time what was chosen then, if it is as good."""
@@ -302,6 +307,7 @@ class StepMemory:
             return nullcontext()
         if self._store is None:
             self._store = HostStore(given.device)
+            self._expect()
         self._store.ahead = self.plan.ahead if self.plan is not None else 1
         return self._store.offloading(given, args if option.all_away else None)
 

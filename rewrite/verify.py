@@ -20,7 +20,7 @@ from . import graph as g
 from .change import Change
 from .device_memory import free_bytes
 from .errors import first_line
-from .exact import Float64, on_the_host, upcast
+from .exact import SLICE, Float64, on_the_host, sliced_weights, upcast
 from .joint import unseen
 from .vocabulary import is_in_place, operation, target_name
 
@@ -88,9 +88,10 @@ class Replayer:
         self, old: Any, new: Any, packed: list[bool], inputs: list[Any], tracked: bool
     ) -> dict[str, Error | None]:
         given = [i for i in inputs if isinstance(i, Tensor)]
-        on_host = bool(given) and _wide_bytes(inputs, packed) > self.room(given[0].device)
+        sliced = sliced_weights(old.graph, inputs)
+        on_host = bool(given) and _wide_bytes(inputs, packed, sliced) > self.room(given[0].device)
         kept = on_the_host if on_host else lambda i: i
-        wide = [kept(i) if p else upcast(i, on_host) for p, i in zip(packed, inputs, strict=True)]
+        wide = [kept(i) if p or s else upcast(i, on_host) for p, s, i in zip(packed, sliced, inputs, strict=True)]
         return errors(old, new, inputs, wide, tracked=tracked, on_host=on_host)
 
     def example(
@@ -178,13 +179,15 @@ def errors(
     }
 
 
-def _wide_bytes(inputs: Sequence[Any], packed: Sequence[bool]) -> int:
+def _wide_bytes(inputs: Sequence[Any], packed: Sequence[bool], sliced: Sequence[bool]) -> int:
     """What the inputs, and the gradients of those that want one, take in float64; a byte of a 4-bit weight is two numbers."""
     numbers = [
-        2 * i.numel() if p else i.numel() * (1 + i.requires_grad) * (i.is_floating_point() or i.is_complex())
-        for i, p in zip(inputs, packed, strict=True)
+        2 * i.numel() if p
+        else min(i.numel(), SLICE) if s
+        else i.numel() * (1 + i.requires_grad) * (i.is_floating_point() or i.is_complex())
+        for i, p, s in zip(inputs, packed, sliced, strict=True)
         if isinstance(i, Tensor)
-    ]
+    ]  # fmt: skip
     return 8 * sum(numbers)
 
 

@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from weft.rewrite import offload
+from weft.rewrite import offload, pinned
 from weft.rewrite.offload import HostStore
+from weft.rewrite.pinned import PinnedPool
 
 from ..graphs import cases, normal
 from .recorded import at_address
@@ -32,23 +33,23 @@ class Copies:
     def __init__(self) -> None:
         self.queued: list[tuple[Tensor, Tensor, StorageWeakRef]] = []
         self.done = self.count = 0
-        self.pinned: set[int] = set()
+        self.pinned: list[range] = []
 
     def empty_like(self, like: Tensor, device: Any = None) -> Tensor:
         """Of no numbers, so that what comes before its copy is seen."""
         made = torch.empty_like(like, device=device)
         return made if made.device.type == "meta" else made.fill_(torch.nan)
 
-    def pinned_like(self, like: Tensor) -> Tensor:
-        """The end of a copy that stays."""
-        made = self.empty_like(like, "cpu")
-        self.pinned.add(made.data_ptr())
+    def make_pinned(self, size: int) -> Tensor:
+        """The end of a copy that stays, of no numbers either."""
+        made = torch.full((size,), 0xFF, dtype=torch.uint8)
+        self.pinned.append(range(made.data_ptr(), made.data_ptr() + size))
         return made
 
     def queue(self, to: Tensor, source: Tensor) -> None:
         """A copy, one end of which is not pinned and may be freed by mistake."""
         self.count += 1
-        far = source if to.data_ptr() in self.pinned else to
+        far = source if any(to.data_ptr() in place for place in self.pinned) else to
         self.queued.append((at_address(to), at_address(source), StorageWeakRef(far.untyped_storage())))
 
     def record_event(self) -> int:
@@ -90,9 +91,12 @@ def copies(monkeypatch: pytest.MonkeyPatch) -> Copies:
     """Of this test."""
     stream = Copies()
     monkeypatch.setattr(offload, "LARGE", 100)
+    monkeypatch.setattr(pinned, "LARGE", 512)
+    monkeypatch.setattr(pinned, "SLAB", 2048)
     if DEVICE.type == "cpu":
         monkeypatch.setattr(offload, "torch", stream.standing_in())
-        monkeypatch.setattr(offload, "pinned_like", stream.pinned_like)
+        monkeypatch.setattr(pinned, "pinned", stream.make_pinned)
+        monkeypatch.setattr(pinned, "_begin", lambda _: None)
     return stream
 
 
@@ -125,11 +129,16 @@ def tensors(seed: int, count: int) -> list[Tensor]:
     st.integers(1, 3),
     st.booleans(),
     st.integers(1, 3),
+    st.sampled_from((0, 0, 600, 5000)),
 )
-def test_all_comes_back(copies: Copies, blocks: list[tuple[int, bool]], steps: int, dropped: bool, ahead: int) -> None:
+def test_all_comes_back(
+    copies: Copies, blocks: list[tuple[int, bool]], steps: int, dropped: bool, ahead: int, reserved: int
+) -> None:
     copies.__init__()
     store, weight = HostStore(DEVICE, ahead), normal(99, 8, 8).to(DEVICE)
-    pinned: set[int] = set()
+    if reserved:
+        store.expect([reserved] * len(blocks))
+    used: set[int] = set()
     for step in range(steps):
         copies.count = 0
         x = normal(step, 5, 8).to(DEVICE).requires_grad_()
@@ -149,14 +158,14 @@ def test_all_comes_back(copies: Copies, blocks: list[tuple[int, bool]], steps: i
         for found, then in zip(seen[::-1], wanted, strict=True):
             assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found, then, strict=True))
         del y, seen
-        buffers = {b.data_ptr() for free in store._free.values() for b in free}
-        assert not pinned or buffers == pinned, "a buffer is used again once it is free"
+        buffers = {b.data_ptr() for b in store._pool.free}
+        assert not used or buffers == used, "a buffer is used again once it is free"
         assert DEVICE.type != "cpu" or copies.count == 2 * len(buffers), "each is copied there and back once"
-        pinned = buffers
+        used = buffers
     large = [
         sum(t.nbytes >= 100 and (i % 4 in (0, 1)) for i, t in enumerate(tensors(0, c))) if e else 0 for c, e in blocks
     ]
-    assert len(pinned) == len(blocks) + sum(large)
+    assert len(used) == len(blocks) + sum(large)
 
 
 def test_what_is_the_callers_stays() -> None:
@@ -164,8 +173,34 @@ def test_what_is_the_callers_stays() -> None:
     x = normal(0, 5, 8).to(DEVICE).requires_grad_() * 1
     with store.offloading(x, [x, mask]):
         y = Saves.apply(x, [], mask, mask[:8])
-    assert isinstance(y, Tensor) and not store._free[x.shape, x.stride(), x.dtype]
-    assert len(store._free) == 1
+    assert isinstance(y, Tensor) and not store._pool.free and len(store._pool._owned) == 1
+
+
+def test_locked_memory_is_taken_from_what_a_thread_has_locked(monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = list[int]()
+    monkeypatch.setattr(pinned, "pinned", lambda size: sizes.append(size) or torch.zeros(size, dtype=torch.uint8))
+    pool = PinnedPool(DEVICE)
+    pool.reserve(5000, 1000)
+    pool.reserve(5100, 1000)  # little more
+    form = torch.empty(16, 15, device="meta").t()  # 960 bytes, of 1024
+    taken = [pool.take(form) for _ in range(4)]
+    assert sum(size == pinned.SLAB for size in sizes) == 2 and sizes[2:] == [1000]
+    assert all(t.stride() == (1, 15) and t.shape == (15, 16) and t.dtype == torch.float32 for t in taken)
+    for i, each in enumerate(taken):
+        each.fill_(i)
+    assert [float(t.mean()) for t in taken] == [0, 1, 2, 3], "no two share a byte"
+    again = pool.take(torch.empty(1000, dtype=torch.uint8, device="meta"))
+    assert len(sizes) == 3 and again.data_ptr() not in {t.data_ptr() for t in taken}
+    assert pool.take(form).shape == form.shape and sizes[3:] == [960], "as much as was reserved has been taken"
+
+    places = {t.data_ptr() for t in taken}
+    while taken:
+        pool.give(taken.pop())
+    other = [pool.take(torch.empty(240, device="meta")) for _ in range(4)]
+    assert {t.data_ptr() for t in other} == places and len(sizes) == 4
+    pool.reserve(9000, 3000)
+    pool.take(torch.empty(3000, dtype=torch.int8, device="meta"))
+    assert sizes[4:5] == [3000], "one tensor fits a slab"
 
 
 def test_a_second_backward_asks_again() -> None:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 
-from weft.rewrite import verify
-from weft.rewrite.exact import Float64, upcast
+from weft.rewrite import exact, verify
+from weft.rewrite.exact import Float64, sliced_weights, upcast
 from weft.rewrite.match import Match
 from weft.rewrite.pipeline import Rules
 from weft.rewrite.rule import RewriteRule, call
@@ -196,6 +196,35 @@ def test_on_the_host_a_graph_names_no_other_device() -> None:
     given = torch.full((3, 4), 0.1)
     found = Float64(module, on_host=True).run(upcast(given, on_host=True))
     torch.testing.assert_close(found, (given.double() + torch.arange(4)) / 3, rtol=1e-15, atol=0)
+
+
+def rows_of(weight: Tensor, x: Tensor, bias: Tensor, other: Tensor) -> Tensor:
+    return torch.nn.functional.linear(x, weight, bias=bias) + torch.nn.functional.linear(x, weight=other) + other.sum()
+
+
+@pytest.mark.parametrize("on_host", [False, True])
+def test_a_frozen_weight_is_widened_slice_by_slice(on_host: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(exact, "SLICE", 3 * 5)  # three rows
+    given = [normal(0, 7, 5), normal(1, 2, 4, 5, grad=True), normal(2, 7, grad=True), normal(3, 7, 5)]
+    module = fx.symbolic_trace(rows_of)
+    sliced = sliced_weights(module.graph, given)
+    assert sliced == [True, False, False, False]  # the other one is read in another way, too
+    assert sliced_weights(module.graph, [given[0].requires_grad_(), *given[1:]]) == [False] * 4
+    given[0].requires_grad_(False)
+
+    widened: list[Any] = []
+    monkeypatch.setattr(Tensor, "double", lambda t: widened.append(t.shape) or t.to(torch.float64))
+    wide = [i.detach().double() for i in given]
+    narrow = [i if s else w.requires_grad_(i.requires_grad) for i, w, s in zip(given, wide, sliced, strict=True)]
+    widened.clear()
+    y = Float64(module, on_host).run(*narrow)
+    dy = normal(4, *y.shape, dtype=torch.float64)
+    found = torch.autograd.grad(y, narrow[1:3], dy)
+    assert widened == [(3, 5), (3, 5), (1, 5)] * 2
+
+    truth = rows_of(*(same := [w.clone().requires_grad_(w.requires_grad) for w in wide]))
+    torch.testing.assert_close(y, truth, rtol=1e-13, atol=1e-13)
+    torch.testing.assert_close(found, torch.autograd.grad(truth, same[1:3], dy), rtol=1e-13, atol=1e-13)
 
 
 def test_without_replay_nothing_is_rejected() -> None:

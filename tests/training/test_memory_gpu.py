@@ -12,7 +12,7 @@ from torch import Tensor
 import weft
 import weft.rewrite.step_memory
 from weft.rewrite.offload import HostStore
-from weft.rewrite.pinned import LARGE, pinned_like
+from weft.rewrite.pinned import LARGE, PinnedPool, pinned
 from weft.rewrite.placement import BlockCosts, Placement
 
 from ..models import assert_same, batch, outcome, twin
@@ -124,7 +124,7 @@ def test_a_pinned_buffer_is_used_again_once_it_is_free() -> None:
         assert given.grad is not None
         torch.testing.assert_close(given.grad, torch.full_like(given, 2 * (seed + 1) * (1 + 4 + 9)))
         kept.clear()
-    assert sum(map(len, store._free.values())) == 3
+    assert len(store._pool.free) == 3
 
 
 @pytest.mark.parametrize("strides", ["rows", "columns"])
@@ -134,22 +134,37 @@ def test_large_buffers_are_locked_page_by_page_and_let_go(strides: str) -> None:
     given = given if strides == "rows" else given.t()
     assert given.nbytes >= LARGE
     for _ in range(3):  # the addresses of what was let go may come again
-        buffer, back = pinned_like(given), torch.empty_like(given)
+        pool, back = PinnedPool(given.device), torch.empty_like(given)
+        buffer = pool.take(given)
         assert buffer.shape == given.shape and buffer.stride() == given.stride() and buffer.device.type == "cpu"
         torch.cuda._sleep(50_000_000)
         buffer.copy_(given, non_blocking=True)
         back.copy_(buffer, non_blocking=True)
         assert not torch.cuda.current_stream().query(), "still asleep"
         assert torch.equal(back, given) and torch.equal(buffer, given.cpu())
-        del buffer
+        del buffer, pool
 
 
 def test_a_buffer_that_is_dropped_waits_for_its_copy() -> None:
-    given, back = torch.randn(4096, 4096, device="cuda"), torch.empty(4096, 4096, device="cuda")
-    buffer = pinned_like(given)
+    given, back = torch.randn(2**24, device="cuda"), torch.empty(2**24, device="cuda")
+    place = pinned(given.nbytes)
+    buffer = place.view(torch.float32)
     buffer.copy_(given)
     torch.cuda._sleep(50_000_000)
     back.copy_(buffer, non_blocking=True)
-    del buffer
-    other = torch.full((4096, 4096), 7.0)  # may lie where it lay
-    assert torch.equal(back, given) and float(other[0, 0]) == 7.0
+    del buffer, place
+    other = torch.full((2**24,), 7.0)  # may lie where it lay
+    assert torch.equal(back, given) and float(other[0]) == 7.0
+
+
+def test_what_a_thread_has_locked_is_copied_beside_the_computation() -> None:
+    given = torch.randn(4096, 4096, device="cuda")
+    pool = PinnedPool(given.device)
+    pool.reserve(3 * given.nbytes, given.nbytes)
+    buffers = [pool.take(given) for _ in range(3)]
+    torch.cuda._sleep(50_000_000)
+    for i, buffer in enumerate(buffers):
+        buffer.copy_(given + i, non_blocking=True)
+    assert not torch.cuda.current_stream().query(), "still asleep"
+    torch.cuda.synchronize()
+    assert all(torch.equal(b, (given + i).cpu()) for i, b in enumerate(buffers))
