@@ -24,7 +24,7 @@ from weft.rewrite.pinned import PinnedPool
 from ..graphs import cases, normal
 from .recorded import at_address
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+DEVICE = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
 
 
 class Copies:

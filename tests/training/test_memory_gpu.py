@@ -111,7 +111,7 @@ def test_two_forwards_before_one_backward_on_the_host() -> None:
 
 
 def test_a_pinned_buffer_is_used_again_once_it_is_free() -> None:
-    store, device = HostStore(torch.device("cuda")), torch.device("cuda")
+    store, device = HostStore(torch.device("cuda", 0)), torch.device("cuda", 0)
     for seed in range(4):
         given = torch.full((512, 512), float(seed + 1), device=device, requires_grad=True)
         kept: list[Tensor] = []
