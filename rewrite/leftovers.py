@@ -28,8 +28,8 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 from . import graph as g
 from .errors import first_line
 from .joint import is_number, is_random, is_view
+from .judge import judge
 from .sizes import is_part, tensors
-from .verify import judge
 from .vocabulary import operation
 
 _log = logging.getLogger(__name__)
