@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -11,18 +10,16 @@ from typing import Any, Literal, Protocol
 import torch
 from torch import Tensor, nn
 
+from .choices import Choices
 from .cuda_graphs import Recordings
 from .device_memory import free_bytes, host_memory, peak_bytes
 from .offload import HostStore
-from .placement import BlockCosts, Option, Placement, options_within, thriftier
+from .placement import BlockCosts, Option, thriftier
 from .recompute import BlockMemory, Head, MemoryPlan, activation
 from .weights import Weights
 
 FILLED = 0.95
 """Of the memory that is free, what may be planned with: the allocator's blocks do not fit together without gaps."""
-
-CHOICES = 8
-"""What was chosen in so many rooms is kept: what is resident differs between steps that log, or evaluate, and others."""
 
 BESIDE = 8
 """Part of what is resident that a replay may take under ``"min"``."""
@@ -44,17 +41,6 @@ class Block(Protocol):
     def costs(self, args: Sequence[Any], checkpointed: bool = False) -> BlockCosts:
         """At the sizes of ``args``."""
         ...
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What was chosen for which blocks (kept, so that they stay who they are), of which the last may save so much, in which
-    room."""
-
-    who: list[int]
-    blocks: list[BlockCosts]
-    room: int | None
-    placement: Placement
 
 
 @dataclass
@@ -93,8 +79,7 @@ class StepMemory:
     """Bytes that a step has taken beyond what was predicted, and beyond its limit."""
     _store: HostStore | None = None
     _weights: Weights = field(init=False)
-    _asked: deque[Asked] = field(default_factory=lambda: deque(maxlen=CHOICES))
-    """The last choices, the newest first."""
+    _choices: Choices = field(default_factory=Choices)
     _frozen: int | None = None
     """Versions of the parameters that are not trained, while there are recordings."""
     _last_most: int | None = None
@@ -274,7 +259,8 @@ class StepMemory:
             room = plan.limit - plan.resident - plan.working - sum(b.saved_bytes for b in plan.blocks[:done])
         # pinning much of the host's memory is for who sets a limit to ask for: else inputs go there alone
         host = 0 if self.limit == "free" else host_memory() - sum(b.host_bytes for b in plan.blocks[:done])
-        chosen = self._within([self._costs.get(k, like) for k in to_come], room, host)
+        blocks = [self._costs.get(k, like) for k in to_come]
+        chosen = self._choices.within(blocks, room, host, plan.spare, self._last_most)
         made = list(zip(to_come, chosen.options, strict=True))
         self._chosen |= {k: o for k, o in made if k[1]}
         self._assumed = {path: (like, o) for (path, block), o in made if not block}
@@ -288,17 +274,6 @@ class StepMemory:
     def _expect(self) -> None:
         if self._store is not None and self.plan is not None:
             self._store.expect(b.host_bytes for b in self.plan.blocks)
-
-    def _within(self, blocks: list[BlockCosts], room: int | None, host: int) -> Placement:
-        """For the blocks of a former time what was chosen then, if it is as good."""
-        assert self.plan is not None
-        who, spare = [*map(id, blocks), -1 if self._last_most is None else self._last_most], self.plan.spare
-        for asked in self._asked:
-            if asked.who == who and asked.placement.still_fits(asked.room, room, host, spare):
-                return asked.placement
-        last = blocks[-1] if self._last_most is None else thriftier(blocks[-1], self._last_most)
-        self._asked.appendleft(Asked(who, blocks, room, options_within([*blocks[:-1], last], room, host, spare)))
-        return self._asked[0].placement
 
     def saving(self, option: Option, args: Sequence[Any]) -> AbstractContextManager[Any]:
         """Entered around a block's call, sends to the host what the option keeps there."""

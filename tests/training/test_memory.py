@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM, Gemma2Config, GPTNeoXConfig
 
 import weft
-from weft.rewrite import blocks, step_memory
+from weft.rewrite import blocks, choices, step_memory
 from weft.rewrite.errors import OptionError
 from weft.rewrite.rates import Rates
 from weft.rewrite.recompute import MemoryPlan
@@ -270,8 +270,8 @@ def test_what_a_step_took_beyond_its_limit_is_counted_in(monkeypatch: pytest.Mon
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """With what arguments options were chosen."""
-    calls, chosen = list[Any](), step_memory.options_within
-    monkeypatch.setattr(step_memory, "options_within", lambda *args: calls.append(args) or chosen(*args))
+    calls, chosen = list[Any](), choices.options_within
+    monkeypatch.setattr(choices, "options_within", lambda *args: calls.append(args) or chosen(*args))
     return calls
 
 

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 import weft
-import weft.rewrite.step_memory
+import weft.rewrite.choices
+from weft.rewrite.choices import Choices
 from weft.rewrite.offload import HostStore
 from weft.rewrite.pinned import LARGE, PinnedPool, pinned
 from weft.rewrite.placement import BlockCosts, Placement
@@ -62,7 +63,7 @@ def test_all_that_blocks_save_on_the_host(monkeypatch: pytest.MonkeyPatch) -> No
         sent = [next((o for o in b.options if o.all_away), b.options[0]) for b in blocks[:-1]]
         return Placement([*sent, blocks[-1].options[0]], ahead=2)
 
-    monkeypatch.setattr(weft.rewrite.step_memory, "options_within", away)
+    monkeypatch.setattr(weft.rewrite.choices, "options_within", away)
     inputs, (model, plain) = on_gpu(batch(8, 256)), planned("1TB")
     for _ in range(4):
         assert_same(outcome(model, inputs), outcome(plain, inputs), rounding=1e-3)
@@ -70,7 +71,7 @@ def test_all_that_blocks_save_on_the_host(monkeypatch: pytest.MonkeyPatch) -> No
     assert any(b.host_bytes > 8 * 256 * 256 * 4 for b in blocks)
     taken = peak(model, inputs)
     monkeypatch.undo()
-    model.rewrite_report.steps._asked.clear()
+    model.rewrite_report.steps._choices = Choices()
     assert taken < 0.8 * peak(model, inputs)
 
 
