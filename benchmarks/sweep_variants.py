@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from types import FunctionType
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor
 from weft.kernels import dequantize_4bit as deq
 from weft.kernels import layer_norm as ln
 from weft.kernels import quant_matvec as mv
+from weft.kernels import quant_rows as qr
 from weft.kernels import rms_norm as rms
 from weft.kernels import rope, rows
 from weft.kernels.quant_linear import quant_linear
@@ -110,10 +111,10 @@ def _dequantization(outs: int, ins: int) -> Group:
 
 
 def decodings(sizes: Sizes) -> list[Group]:
-    """One token through each linear, and a few through the largest."""
-    down = _decoding(1, sizes.hidden, sizes.intermediate)
-    several = [_decoding(rows, sizes.intermediate, sizes.hidden) for rows in (2, 4, 16)]
-    return [*(_decoding(1, outs, sizes.hidden) for outs in _outs(sizes)), down, *several]
+    """One token and eight through each linear, and other numbers through the largest."""
+    shapes = [*((outs, sizes.hidden) for outs in _outs(sizes)), (sizes.hidden, sizes.intermediate)]
+    several = [_decoding(rows, *shapes[0]) for rows in (2, 4, 16)]
+    return [*(_decoding(rows, *shape) for rows in (1, 8) for shape in shapes), *several]
 
 
 def _decoding(count: int, outs: int, ins: int) -> Group:
@@ -130,16 +131,25 @@ def _decoding(count: int, outs: int, ins: int) -> Group:
 
         return base_linear(x, weight, layout)
 
-    one = [Tile(*t) for t in product((4, 8), (256, 512), (4, 8))]
-    several = [Tile(64, 32, 4, 2), Tile(32, 64, 4), Tile(64, 32, 8), Tile(32, 32, 4)]
-    places = ("ONE_ROW", "NARROW") if count <= mv.ALONE else ("SEVERAL",)
+    if count == 1:
+        tiles, places, elsewhere = [Tile(*t) for t in product((4, 8), (256, 512), (4, 8))], ("ONE_ROW", "NARROW"), {}
+    else:
+        tiles, places = [Tile(64, 32, 4, 2), Tile(32, 64, 4), Tile(64, 32, 8), Tile(32, 32, 4)], ("SEVERAL",)
+        elsewhere = {(qr, "serves"): lambda *_: False, (mv, "ALONE"): 1}
     variants = []
-    for tile in one if count <= mv.ALONE else several:
+    for tile in tiles:
         name = f"outs={tile.outs} words={tile.words} warps={tile.warps} stages={tile.stages}"
-        variants.append(Variant(name, quant_linear, {(mv, place): tile for place in places}))
-    variants.append(Variant("loads", quant_linear, by_loads()))
-    if 1 < count <= mv.ALONE:
-        variants.append(Variant("together", quant_linear, {(mv, "ALONE"): 1}))
+        variants.append(Variant(name, quant_linear, {**elsewhere, **{(mv, place): tile for place in places}}))
+    if count == 1:
+        variants.append(Variant("loads", quant_linear, by_loads()))
+    else:
+        variants.append(Variant("each alone", quant_linear, {**elsewhere, (mv, "ALONE"): count}))
+        settings = {
+            "warps": ([(qr, "WARPS")], (4, 8)),
+            "unroll": ([(qr, "UNROLL")], (2, 4)),
+            "resident": ([(qr, "RESIDENT")], (3, 4)),
+        }
+        variants += [replace(v, name=f"matrix units {v.name}") for v in _grid(quant_linear, **settings)]
     variants += [Variant("dense", quant_linear, {(mv, "FEW_ROWS"): 0}), Variant("bitsandbytes", theirs)]
     moved = outs * ins // 2 + outs * ins // 64 + 2 * count * (outs + ins)
     return Group(f"decode {count} row {outs}x{ins}", inputs, exact, moved, variants, 8e-3)

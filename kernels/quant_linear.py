@@ -3,8 +3,8 @@
     dx = dy · W        dbias = sum over rows (dy)        the weight is frozen
 
 Many rows: W is dequantized into a temporary and the product is cuBLAS', or that of :mod:`.fp8` where the layout says so.
-Few rows, as in decoding, are bound by reading the weight: the kernels of :mod:`.quant_matvec` read the packed words and
-keep W in registers.
+Few rows, as in decoding, are bound by reading the weight: the kernels of :mod:`.quant_matvec` and :mod:`.quant_rows` read the
+packed words and keep W in registers.
 Saved for the backward: nothing but the packed weight; it is dequantized again.
 
 The first half of this file is what all linears share: how the weight of a layout enters a product.

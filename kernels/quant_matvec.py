@@ -8,8 +8,8 @@ outputs, and its sums until the end, so that a weight costs little more than a s
 The 16 values of the code lie in the lanes of each half warp, where a shuffle fetches one by its nibble in a single
 instruction: half of what a load from the first-level cache needs with its address.
 
-Several rows: a weight is rounded to the dtype of x, as any other linear would have it, and meets all of them in the
-matrix units, which take 16 rows at the price of one.
+Several rows: :mod:`.quant_rows`, or where that does not serve, a kernel that rounds a weight to the dtype of x, as any other
+linear would have it, and has it meet all of them in Triton's product of matrices, which takes 16 rows at the price of one.
 """
 
 # Pyright knows Triton's tuples and static loops only as what they are outside of a kernel.
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from ..quant.layout import Layout
-from . import dispatch
+from . import dispatch, quant_rows
 from .dequantize_4bit import arguments, block_scale, looked_up, stacked
 from .rows import INTERPRETED, rounded
 from .toolchain import tl, triton
@@ -45,7 +45,7 @@ ONE_ROW, SEVERAL = Tile(8, 256, 4), Tile(64, 32, 4, 2)
 NARROW, NARROW_OUTS = Tile(4, 512, 4), 2048
 """For one row and so few outputs that programs of eight would leave multiprocessors idle."""
 ALONE = 2
-"""Up to here rows are sooner done each by itself than together in the matrix units."""
+"""Up to here rows are sooner done each by itself than together in Triton's product of matrices."""
 FEW_ROWS, FEW_WIDE_ROWS = 16, 4
 """Up to here these kernels beat dequantizing first; in float32, whose rows are always done each by itself."""
 LEAST_ROWS = 16
@@ -216,8 +216,11 @@ def matvec(x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None)
         return y
     # 16 bytes are read at a time.
     x = x.contiguous() if x.data_ptr() % 16 == 0 else x.clone(memory_format=torch.contiguous_format)
-    # The matrix units would round a float32.
-    alone = rows <= ALONE or x.dtype == torch.float32
+    if rows > 1 and quant_rows.serves(x, weight, layout):
+        quant_rows.multiply(x, weight, layout, bias, y)
+        return y
+    # The matrix units would round a float32, and shared memory does not hold the larger blocks of so many outputs.
+    alone = rows <= ALONE or x.dtype == torch.float32 or layout.block_size > 8 * SEVERAL.words
     tile, kernel = (NARROW if outs <= NARROW_OUTS else ONE_ROW, _one_row) if alone else (SEVERAL, _several_rows)
     tensors, sizes = arguments(weight, layout)
     given = (x, *tensors, y if bias is None else bias.contiguous(), y, *(() if alone else (rows,)), outs)

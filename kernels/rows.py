@@ -107,12 +107,13 @@ def backward_blocks(x: Tensor, sums: bool, read: tuple[Tensor | None, ...]) -> t
     ahead = sum(t.element_size() for t in read if t is not None) * (STAGES - 1)
     count, options = blocks(x, PER_THREAD_BACKWARD, TALL if TALL * ahead <= SHARED_BYTES else TILE)
     fits = options["WHOLE"] and options["ROWS"] * options["COLS"] * ahead <= SHARED_BYTES
-    count = min(count, _units(x.device) * max(RESIDENT_WARPS // options["num_warps"], 1))
+    count = min(count, units(x.device) * max(RESIDENT_WARPS // options["num_warps"], 1))
     return count, options | {"STAGES": STAGES if fits else 1}
 
 
 @cache
-def _units(device: torch.device) -> int:
+def units(device: torch.device) -> int:
+    """Multiprocessors of ``device``; 1 for a CPU."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 

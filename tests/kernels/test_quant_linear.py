@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from weft.kernels import dequantize_4bit, quant_matvec
+from weft.kernels import dequantize_4bit, quant_matvec, quant_rows
 from weft.kernels.dispatch import Backend, backend
 from weft.kernels.quant_linear import quant_linear, reference
 from weft.kernels.quant_matvec import Tile
@@ -78,13 +78,31 @@ def test_few_rows_take_the_matrix_vector_kernel(dtype: torch.dtype, rows: int | 
     assert torch.allclose(got, reference(x, weight, BLOCKS.encode()), rtol=0.02, atol=0.02)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", ["nf4:1001:2304:64:256", "fp4:24:2304:128:0", "nf4:8:64:64:2", "nf4:40:6144:2048:0"])
+@pytest.mark.parametrize("rows", [2, 8, 9, 16])
+def test_a_few_rows_on_the_matrix_units(dtype: torch.dtype, layout: str, rows: int) -> None:
+    """More outputs and columns than a program takes at a time, and fewer; weights at other addresses go another way."""
+    shape = Layout.decode(layout)
+    given = {"x": normal(1, (rows, shape.in_features), dtype), "bias": normal(2, (shape.out_features,), dtype)}
+    packed, *statistics = packed_weight(shape, 0)
+    apart = torch.empty(packed.numel() + 4, dtype=packed.dtype, device=DEVICE)[4:].copy_(packed.flatten())
+    for bytes_, served in ((packed, True), (apart, False)):
+        inputs = {**given, "weight": [bytes_, *statistics], "layout": layout}
+        with backend("triton"), patch.object(quant_rows, "multiply", wraps=quant_rows.multiply) as multiply:
+            assert_accurate(quant_linear, reference, inputs, reduction=shape.in_features)
+        assert (multiply.call_count > 0) == served
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
-@pytest.mark.parametrize("rows", [3, 9])
-def test_special_values_spread_as_in_eager(name: Backend, value: float, rows: int) -> None:
-    x, bias = normal(0, (rows, 64), torch.float32), normal(1, (6,), torch.float32)
-    x[1, 5], bias[2] = value, value
+@pytest.mark.parametrize("rows", [1, 3, 9])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_special_values_spread_as_in_eager(name: Backend, value: float, rows: int, dtype: torch.dtype) -> None:
+    x, bias = normal(0, (rows, 64), dtype), normal(1, (6,), dtype)
+    x[rows // 2, 5], bias[2] = value, value
     inputs = {"x": x.requires_grad_(), "weight": packed_weight(BLOCKS, 0), "layout": BLOCKS.encode(), "bias": bias}
     with backend(name):
         assert_accurate(quant_linear, reference, inputs, reduction=64)
