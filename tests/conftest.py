@@ -6,7 +6,6 @@ import gc
 import logging
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -31,40 +30,14 @@ def _no_output_aliases_an_input() -> None:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _triton_language_is_replaced_once_a_launch() -> Iterator[None]:
-    """Triton's interpreter replaces what ``triton.language`` holds at a launch, and again whenever a kernel calls a function
-    of its own: looking for them took a quarter of the kernels' tests. Looking for integers that overflow, as no device does and
-    none of so few elements can, took another sixth."""
-    import triton.language as tl
-    from triton.runtime import interpreter
-
+def _triton_interprets_without_doing_everything_again() -> Iterator[None]:
     from weft.kernels.dispatch import INTERPRETED
 
-    if not INTERPRETED:
-        yield
-        return
-    look, inside = interpreter._patch_lang, set[int]()
-
-    def once(function: Any) -> Any:
-        languages = {id(v) for v in function.__globals__.values() if v is tl or v is tl.core}
-        if inside and languages <= inside:
-            return None  # who asks from inside a kernel puts nothing back
-        scope, outermost = look(function), not inside
-        inside.update(languages)
-        if outermost:
-            restore = scope.restore
-
-            def put_back() -> None:
-                inside.clear()
-                restore()
-
-            scope.restore = put_back
-        return scope
-
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(interpreter, "_patch_lang", once)
-        builder = interpreter.interpreter_builder
-        patched.setattr(builder, "options", replace(builder.options, sanitize_overflow=False))
+        if INTERPRETED:
+            from .interpreter import quicken
+
+            quicken(patched)
         yield
 
 
