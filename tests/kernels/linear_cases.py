@@ -20,6 +20,8 @@ from weft.kernels.dispatch import Backend, backend
 from weft.kernels.quant_matvec import Tile
 from weft.quant.layout import Layout
 
+from .drawing import among, drawn
+
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 LEADS = ((), (0,), (1,), (3,), (9,), (2, 4), (1, 1), (3, 0), (2, 1, 3))
@@ -77,21 +79,21 @@ def running(name: Backend) -> Iterator[None]:
         yield
 
 
-@st.composite
+@drawn
 def layouts(draw: st.DrawFn, kinds: tuple[str, ...], in_features: int) -> Layout:
     """Up to 40 outputs; blocks of a few sizes, also ones that do not divide a row."""
-    kind, outs = draw(st.sampled_from(kinds)), draw(st.integers(1, 40))
+    kind, outs = draw(among(kinds)), draw(st.integers(1, 40))
     if kind in ("rows", "columns"):
         return Layout(kind, outs, in_features)
-    return Layout(kind, outs, in_features, draw(st.sampled_from((32, 64, 128))), draw(st.sampled_from((0, 2, 256))))
+    return Layout(kind, outs, in_features, draw(among((32, 64, 128))), draw(among((0, 2, 256))))
 
 
 def in_features(whole: bool) -> st.SearchStrategy[int]:
     """Any number of columns, or with ``whole`` one that blocks of 32, 64 or 128 may divide."""
-    return st.sampled_from((32, 64, 96, 128)) if whole else st.integers(1, 40)
+    return among((32, 64, 96, 128)) if whole else st.integers(1, 40)
 
 
-@st.composite
+@drawn
 def weights(draw: st.DrawFn, layout: Layout, dtype: torch.dtype) -> list[Tensor]:
     """The tensors of a layout; a dense weight may need a gradient."""
     seed = draw(st.integers(0, 2**20))
@@ -102,14 +104,14 @@ def weights(draw: st.DrawFn, layout: Layout, dtype: torch.dtype) -> list[Tensor]
     return [normal(seed, shape, dtype, layout.in_features**-0.5).requires_grad_(draw(st.booleans()))]
 
 
-@st.composite
+@drawn
 def tensors(draw: st.DrawFn, shape: tuple[int, ...], dtype: torch.dtype, scale: float = 1.0) -> Tensor:
     """A tensor in any memory layout that needs a gradient more often than not."""
-    values = lay(normal(draw(st.integers(0, 2**20)), shape, dtype, scale), draw(st.sampled_from(MEMORY)))
-    return values.requires_grad_(draw(st.sampled_from((True, True, False))))
+    values = lay(normal(draw(st.integers(0, 2**20)), shape, dtype, scale), draw(among(MEMORY)))
+    return values.requires_grad_(draw(among((True, True, False))))
 
 
-@st.composite
+@drawn
 def adapters(draw: st.DrawFn, layout: Layout, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """A and B of one rank, each in ``dtype``."""
     rank = draw(st.integers(1, 8))
@@ -117,16 +119,11 @@ def adapters(draw: st.DrawFn, layout: Layout, dtype: torch.dtype) -> tuple[Tenso
     return a, draw(tensors((layout.out_features, rank), dtype, rank**-0.5))
 
 
-@st.composite
+@drawn
 def precisions(draw: st.DrawFn, dtype: torch.dtype) -> tuple[torch.dtype, torch.dtype | None, torch.dtype]:
     """Dtypes of A and B, of their products, and of what enters them: as PEFT has them without and under autocast."""
     wide = torch.float32
-    return draw(st.sampled_from(((dtype, None, dtype), (wide, wide, wide), (wide, wide, dtype), (wide, None, dtype))))
-
-
-def maybe(strategy: st.SearchStrategy[Tensor]) -> st.SearchStrategy[Tensor | None]:
-    """What ``strategy`` draws, or None."""
-    return st.one_of(st.none(), strategy)
+    return draw(among(((dtype, None, dtype), (wide, wide, wide), (wide, wide, dtype), (wide, None, dtype))))
 
 
 def terms(*groups: Any) -> float:

@@ -18,6 +18,8 @@ from torch.utils.checkpoint import checkpoint
 from weft.kernels import rows
 from weft.kernels.dispatch import Backend, backend
 
+from .drawing import among, drawn
+
 BACKENDS: tuple[Backend, ...] = ("reference", "triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -54,13 +56,13 @@ def normal(seed: int, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
 
 
-@st.composite
+@drawn
 def shapes(draw: st.DrawFn) -> tuple[int, ...]:
     """A few rows under up to four leading dimensions, or none; mostly odd lengths."""
-    return (*draw(st.sampled_from(LEADS)), draw(st.integers(1, 70)))
+    return (*draw(among(LEADS)), draw(st.integers(1, 70)))
 
 
-@st.composite
+@drawn
 def tensors(
     draw: st.DrawFn,
     shape: tuple[int, ...],
@@ -69,14 +71,14 @@ def tensors(
     mean: tuple[int, ...] = (0,),
 ) -> Tensor:
     """A tensor in any layout, with a spread from 1 to 100 around one of ``mean``, that needs a gradient or not."""
-    values = normal(draw(st.integers(0, 2**20)), shape, dtype) * draw(st.sampled_from((1, 1, 10, 100)))
-    return lay(values + draw(st.sampled_from(mean)), draw(st.sampled_from(LAYOUTS))).requires_grad_(draw(grads))
+    values = normal(draw(st.integers(0, 2**20)), shape, dtype) * draw(among((1, 1, 10, 100)))
+    return lay(values + draw(among(mean)), draw(among(LAYOUTS))).requires_grad_(draw(grads))
 
 
-@st.composite
+@drawn
 def vectors(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Tensor | None:
     """A weight or bias in the dtype of x or in float32, or none."""
-    kind = draw(st.sampled_from(("none", "same", "same", "float32", "strided")))
+    kind = draw(among(("none", "same", "same", "float32", "strided")))
     if kind == "none":
         return None
     values = normal(draw(st.integers(0, 2**20)), (size,), torch.float32 if kind == "float32" else dtype)
@@ -85,11 +87,11 @@ def vectors(draw: st.DrawFn, size: int, dtype: torch.dtype) -> Tensor | None:
     return values.requires_grad_(draw(st.booleans()))
 
 
-@st.composite
+@drawn
 def block_sizes(draw: st.DrawFn) -> dict[str, int]:
     """As they are, or so small that a row is walked in blocks and a program takes several blocks of rows."""
     few = {"TILE": 64, "TALL": 64, "RESIDENT_WARPS": 2}
-    return draw(st.sampled_from(({}, {}, {"LONGEST": 32}, few, {"LONGEST": 32, **few})))
+    return draw(among(({}, {}, {"LONGEST": 32}, few, {"LONGEST": 32, **few})))
 
 
 @contextmanager

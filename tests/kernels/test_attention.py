@@ -15,6 +15,7 @@ from weft.kernels.attention import _attention, _attention_backward, attention, r
 from weft.kernels.attention_backends import Route, choose, repeated
 
 from .accuracy import DTYPES, assert_accurate
+from .drawing import among, drawn
 from .norm_cases import DEVICE, cases, checkpointed, normal
 
 MASKS = ("none", "causal", "bools", "bools for each head", "numbers", "rows that read nothing", "one row for all")
@@ -50,22 +51,22 @@ def library(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, is_causal: boo
     return F.scaled_dot_product_attention(q, k, v, mask, is_causal=is_causal, scale=scale)
 
 
-@st.composite
+@drawn
 def calls(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``attention``."""
-    batch, kv_heads, group = (draw(st.sampled_from(s)) for s in ((0, 1, 2, 3), (1, 2, 3), (1, 1, 2, 8)))
-    length, width = draw(st.sampled_from((0, 1, 3, 17))), draw(st.sampled_from((1, 4, 8, 20)))
-    keys = draw(st.sampled_from((length, length, 5)))
-    kind = draw(st.sampled_from(MASKS))
-    other = draw(st.sampled_from((width, width, 8)))
-    orders = [draw(st.sampled_from(sorted(ORDERS))) for _ in range(3)]
+    batch, kv_heads, group = (draw(among(s)) for s in ((0, 1, 2, 3), (1, 2, 3), (1, 1, 2, 8)))
+    length, width = draw(among((0, 1, 3, 17))), draw(among((1, 4, 8, 20)))
+    keys = draw(among((length, length, 5)))
+    kind = draw(among(MASKS))
+    other = draw(among((width, width, 8)))
+    orders = [draw(among(sorted(ORDERS))) for _ in range(3)]
     shapes = ((batch, kv_heads * group, length, width), (batch, kv_heads, keys, width), (batch, kv_heads, keys, other))
     q, k, v = (laid(i, s, dtype, o) for i, (s, o) in enumerate(zip(shapes, orders, strict=True)))
     return {
         **{name: x.requires_grad_(draw(st.booleans())) for name, x in (("q", q), ("k", k), ("v", v))},
         "mask": masked(kind, batch, kv_heads * group, length, keys, dtype),
         "is_causal": kind == "causal",
-        "scale": draw(st.sampled_from((None, None, 0.3, 1.0))),
+        "scale": draw(among((None, None, 0.3, 1.0))),
     }
 
 

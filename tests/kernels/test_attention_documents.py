@@ -19,6 +19,7 @@ from weft.kernels.attention_backends import Route
 from weft.kernels.attention_documents import documents
 
 from .accuracy import assert_accurate
+from .drawing import among, drawn
 from .norm_cases import DEVICE, cases, checkpointed
 from .test_attention import laid, library
 
@@ -40,7 +41,7 @@ def as_numbers(mask: Tensor, dtype: torch.dtype, lowest: float) -> Tensor:
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, lowest)
 
 
-@st.composite
+@drawn
 def lengths(draw: st.DrawFn) -> list[list[int]]:
     """Rows of one length, cut into documents anyhow."""
     total, rows = draw(st.integers(2, 24)), draw(st.integers(1, 3))
@@ -48,20 +49,20 @@ def lengths(draw: st.DrawFn) -> list[list[int]]:
     return [[b - a for a, b in zip([0, *c], [*c, total], strict=True)] for c in cuts]
 
 
-@st.composite
+@drawn
 def calls(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``attention`` with a mask of documents."""
-    rows, window = draw(lengths()), draw(st.sampled_from((None, None, 1, 2, 5)))
+    rows, window = draw(lengths()), draw(among((None, None, 1, 2, 5)))
     mask = apart(rows, window)
     if draw(st.booleans()):
-        mask = as_numbers(mask, dtype, draw(st.sampled_from((-torch.inf, torch.finfo(dtype).min))))
-    group, width = draw(st.sampled_from((1, 2))), draw(st.sampled_from((8, 16)))
-    order = draw(st.sampled_from(("by head", "by token", "sliced")))
+        mask = as_numbers(mask, dtype, draw(among((-torch.inf, torch.finfo(dtype).min))))
+    group, width = draw(among((1, 2))), draw(among((8, 16)))
+    order = draw(among(("by head", "by token", "sliced")))
     q, k, v = (
         laid(i, (len(rows), h, sum(rows[0]), width), dtype, order).requires_grad_(draw(st.booleans()))
         for i, h in enumerate((2 * group, 2, 2))
     )
-    return {"q": q, "k": k, "v": v, "mask": mask, "is_causal": False, "scale": draw(st.sampled_from((None, 0.3)))}
+    return {"q": q, "k": k, "v": v, "mask": mask, "is_causal": False, "scale": draw(among((None, 0.3)))}
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -79,7 +80,7 @@ def empty(length: int, rows: int = 1) -> Tensor:
 
 
 @cases
-@given(rows=lengths(), window=st.sampled_from((None, 1, 2, 5)))
+@given(rows=lengths(), window=among((None, 1, 2, 5)))
 def test_documents_are_found(rows: list[list[int]], window: int | None) -> None:
     q = empty(sum(rows[0]), len(rows))
     found = documents(apart(rows, window), q, q)
@@ -93,7 +94,7 @@ def test_documents_are_found(rows: list[list[int]], window: int | None) -> None:
 
 
 @cases
-@given(rows=lengths(), at=st.integers(0, 2**16), window=st.sampled_from((None, 2)))
+@given(rows=lengths(), at=st.integers(0, 2**16), window=among((None, 2)))
 def test_one_entry_that_differs_is_seen(rows: list[list[int]], at: int, window: int | None) -> None:
     """What is found describes the mask to the last entry, whichever is turned."""
     mask = apart(rows, window)

@@ -16,23 +16,24 @@ from weft.quant import four_bit
 from weft.quant.layout import Layout
 
 from .accuracy import DTYPES
+from .drawing import among, drawn
 from .linear_cases import BACKENDS, DEVICE, cases, packed_weight
 
 BLOCKS = (8, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 
 
-@st.composite
+@drawn
 def four_bit_layouts(draw: st.DrawFn) -> Layout:
     """Shapes that fill words and blocks or leave some over, up to a few blocks and programs."""
-    outs, ins = draw(st.one_of(st.tuples(st.integers(0, 9), st.integers(1, 90)), st.sampled_from(((2, 4096), (3, 64)))))
-    nested = draw(st.sampled_from((0, 2, 256)))
-    return Layout(draw(st.sampled_from(("nf4", "fp4"))), outs, ins, draw(st.sampled_from(BLOCKS)), nested)
+    outs, ins = draw(st.one_of(st.tuples(st.integers(0, 9), st.integers(1, 90)), among(((2, 4096), (3, 64)))))
+    nested = draw(among((0, 2, 256)))
+    return Layout(draw(among(("nf4", "fp4"))), outs, ins, draw(among(BLOCKS)), nested)
 
 
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @cases
-@given(layout=four_bit_layouts(), seed=st.integers(0, 2**20), unroll=st.sampled_from((1, 4)))
+@given(layout=four_bit_layouts(), seed=st.integers(0, 2**20), unroll=among((1, 4)))
 def test_is_the_formula_bit_for_bit(name: Backend, dtype: torch.dtype, layout: Layout, seed: int, unroll: int) -> None:
     weight = packed_weight(layout, seed)
     with backend(name), patch.object(module, "UNROLL", unroll):

@@ -17,9 +17,10 @@ from weft.quant.four_bit import dequantize
 from weft.quant.layout import Layout
 
 from .accuracy import DTYPES, in_float64, largest, run, ulp
-from .linear_cases import BACKENDS, DEVICE, MEMORY, adapters, cases, lay, maybe, normal, packed_weight, tensors
+from .drawing import among, drawn, maybe
+from .linear_cases import BACKENDS, DEVICE, MEMORY, adapters, cases, lay, normal, packed_weight, tensors
 
-SIZES = st.sampled_from((0, 1, 3, 7, 8, 16, 21, 33))
+SIZES = among((0, 1, 3, 7, 8, 16, 21, 33))
 SMALL: dict[str, Any] = {"ROWS": 32, "COLS": 32, "TILES": 2}
 """Tiles of which a small matrix has several."""
 NATIVE = DEVICE == "cuda" and not fp8.missing(torch.device(DEVICE))
@@ -34,10 +35,10 @@ def bits(x: Tensor) -> Tensor:
     return x.view(torch.uint8 if x.dtype == fp8.E4M3 else torch.int32)
 
 
-@st.composite
+@drawn
 def matrices(draw: st.DrawFn, dtype: torch.dtype, top: int = 100) -> Tensor:
     """Numbers of many magnitudes; some rows of zeros, some that hold NaN or infinity."""
-    shape, seed, spread = (draw(SIZES), draw(SIZES)), draw(st.integers(0, 2**20)), draw(st.sampled_from((0, 3, 12)))
+    shape, seed, spread = (draw(SIZES), draw(SIZES)), draw(st.integers(0, 2**20)), draw(among((0, 3, 12)))
     power = draw(st.integers(-top, top)) if dtype != torch.float16 else draw(st.integers(-14, 10)) - spread
     generator = torch.Generator().manual_seed(seed)
     wide = torch.randn(shape, generator=generator, dtype=torch.float64)
@@ -45,7 +46,7 @@ def matrices(draw: st.DrawFn, dtype: torch.dtype, top: int = 100) -> Tensor:
     for i, value in enumerate((0.0, torch.nan, torch.inf, -torch.inf)):
         if shape[1] and shape[0] > i and draw(st.integers(0, 3)) == 0:
             wide[i, 0 if value else slice(None)] = value
-    found = lay(wide.to(DEVICE, dtype), draw(st.sampled_from(MEMORY)))
+    found = lay(wide.to(DEVICE, dtype), draw(among(MEMORY)))
     return found.t() if draw(st.booleans()) else found
 
 
@@ -55,7 +56,7 @@ def matrices(draw: st.DrawFn, dtype: torch.dtype, top: int = 100) -> Tensor:
 def test_the_kernels_round_as_torch_does_and_to_nearest(dtype: torch.dtype, data: st.DataObject) -> None:
     matrix = data.draw(matrices(dtype))
     q, scale = fp8.quantize_reference(matrix)
-    longest = data.draw(st.sampled_from((16, 16384)))
+    longest = data.draw(among((16, 16384)))
     with backend("triton"), patch.multiple(fp8, **SMALL), patch.object(rows, "LONGEST", longest):
         found, scales = fp8.quantize_rows(matrix)
     assert torch.equal(bits(found), bits(q)) and torch.equal(bits(scales), bits(scale))
@@ -120,7 +121,7 @@ def test_a_product_is_within_its_bound(dtype: torch.dtype, data: st.DataObject) 
     m, n, k = data.draw(SIZES), data.draw(SIZES), data.draw(SIZES)
     if NATIVE:
         n, k = (size * fp8.MULTIPLE for size in (n, k))
-    spread, seed = data.draw(st.sampled_from((0.0, 1.0, 3.0))), data.draw(st.integers(0, 2**20))
+    spread, seed = data.draw(among((0.0, 1.0, 3.0))), data.draw(st.integers(0, 2**20))
     left, right = (
         normal(i + seed, s, dtype, 0.1) * (normal(i + 9, s, torch.float32) * spread).exp2().to(dtype)
         for i, s in enumerate(((m, k), (n, k)))
@@ -167,12 +168,12 @@ def assert_within(function: Any, reference: Any, inputs: dict[str, Any], parts: 
         assert bool((got.double() - exact).abs().le(allowed + (0.0 if bound is None else bound)).all()), name
 
 
-@st.composite
+@drawn
 def operands(draw: st.DrawFn, dtype: torch.dtype, ins: int) -> dict[str, Any]:
     """Weight, layout and perhaps a bias of one linear that is multiplied in FP8 more often than not."""
-    kind, outs = draw(st.sampled_from(KINDS)), draw(st.sampled_from((16, 48)))
-    blocks = (draw(st.sampled_from((32, 64))), draw(st.sampled_from((0, 256)))) if kind in ("nf4", "fp4") else (0, 0)
-    layout = Layout(kind, outs, ins, *blocks, draw(st.sampled_from((True, True, True, False))))
+    kind, outs = draw(among(KINDS)), draw(among((16, 48)))
+    blocks = (draw(among((32, 64))), draw(among((0, 256)))) if kind in ("nf4", "fp4") else (0, 0)
+    layout = Layout(kind, outs, ins, *blocks, draw(among((True, True, True, False))))
     if layout.is_4bit:
         weight = packed_weight(layout, draw(st.integers(0, 2**20)))
     else:
@@ -186,8 +187,8 @@ def operands(draw: st.DrawFn, dtype: torch.dtype, ins: int) -> dict[str, Any]:
 @fewer
 @given(data=st.data())
 def test_linears_with_adapters(name: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
-    ins = data.draw(st.sampled_from((16, 64)))
-    inputs: dict[str, Any] = {"x": data.draw(tensors((*data.draw(st.sampled_from(LEADS)), ins), dtype))}
+    ins = data.draw(among((16, 64)))
+    inputs: dict[str, Any] = {"x": data.draw(tensors((*data.draw(among(LEADS)), ins), dtype))}
     inputs |= data.draw(operands(dtype, ins)) | {"scale": 0.5}
     inputs["a"], inputs["b"] = data.draw(adapters(Layout.decode(inputs["layout"]), dtype))
     inputs["x_adapter"] = data.draw(maybe(tensors(tuple(inputs["x"].shape), dtype)))
@@ -200,8 +201,8 @@ def test_linears_with_adapters(name: Backend, dtype: torch.dtype, data: st.DataO
 @fewer
 @given(data=st.data())
 def test_several_linears(dtype: torch.dtype, data: st.DataObject) -> None:
-    ins, count = data.draw(st.sampled_from((16, 64))), data.draw(st.integers(1, 3))
-    inputs: dict[str, Any] = {"x": data.draw(tensors((*data.draw(st.sampled_from(LEADS)), ins), dtype))}
+    ins, count = data.draw(among((16, 64))), data.draw(st.integers(1, 3))
+    inputs: dict[str, Any] = {"x": data.draw(tensors((*data.draw(among(LEADS)), ins), dtype))}
     each = [data.draw(operands(dtype, ins)) for _ in range(count)]
     parts = [(one["weight"], one["layout"]) for one in each]
     adapted = [data.draw(st.booleans()) for _ in each]
@@ -226,8 +227,8 @@ def test_several_linears(dtype: torch.dtype, data: st.DataObject) -> None:
 @fewer
 @given(data=st.data())
 def test_linears_of_4_bits(dtype: torch.dtype, data: st.DataObject) -> None:
-    ins = data.draw(st.sampled_from((64, 128)))
-    inputs: dict[str, Any] = {"x": data.draw(tensors((*data.draw(st.sampled_from(LEADS)), ins), dtype))}
+    ins = data.draw(among((64, 128)))
+    inputs: dict[str, Any] = {"x": data.draw(tensors((*data.draw(among(LEADS)), ins), dtype))}
     inputs |= data.draw(operands(dtype, ins).filter(lambda o: Layout.decode(o["layout"]).is_4bit))
     with patch.object(fp8, "FEW_ROWS", 0):
         parts = [(inputs["weight"], inputs["layout"])]

@@ -25,6 +25,7 @@ from weft.kernels.gated_activation import (
 )
 
 from .accuracy import DTYPES, assert_accurate, largest
+from .drawing import among
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS: tuple[Backend, ...] = ("reference", "triton")
@@ -67,8 +68,8 @@ shapes = st.one_of(
     st.tuples(st.integers(0, 3), st.integers(1, 3), st.integers(0, 40)),
 )
 seeds = st.integers(0, 2**16)
-scales = st.sampled_from((0.01, 1.0, 6.0))
-tiles = st.sampled_from((128, 2048, 2048))
+scales = among((0.01, 1.0, 6.0))
+tiles = among((128, 2048, 2048))
 
 
 @both
@@ -77,14 +78,14 @@ tiles = st.sampled_from((128, 2048, 2048))
 @given(data=st.data())
 def test_matches_float64(implementation: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
     shape, seed = data.draw(shapes), data.draw(seeds)
-    needs = data.draw(st.sampled_from(((True, True), (True, False), (False, True), (False, False))))
-    up_dtype = data.draw(st.sampled_from((dtype, dtype, dtype, torch.float32)))
-    gate = normal(shape, dtype, data.draw(st.sampled_from(LAYOUTS)), data.draw(scales), seed)
-    up = normal(shape, up_dtype, data.draw(st.sampled_from(LAYOUTS)), data.draw(scales), seed + 1)
+    needs = data.draw(among(((True, True), (True, False), (False, True), (False, False))))
+    up_dtype = data.draw(among((dtype, dtype, dtype, torch.float32)))
+    gate = normal(shape, dtype, data.draw(among(LAYOUTS)), data.draw(scales), seed)
+    up = normal(shape, up_dtype, data.draw(among(LAYOUTS)), data.draw(scales), seed + 1)
     inputs = {
         "gate": gate.requires_grad_(needs[0]),
         "up": up.requires_grad_(needs[1]),
-        "activation": data.draw(st.sampled_from(ACTIVATIONS)),
+        "activation": data.draw(among(ACTIVATIONS)),
     }
     with backend(implementation), patch.object(module, "TILE", data.draw(tiles)):
         # A slope can vanish as a difference of two terms of about dy · up.
@@ -97,11 +98,11 @@ def test_matches_float64(implementation: Backend, dtype: torch.dtype, data: st.D
 @given(data=st.data())
 def test_packed_matches_float64(implementation: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
     *lead, width = data.draw(shapes)
-    layout, scale, seed = data.draw(st.sampled_from(LAYOUTS)), data.draw(scales), data.draw(seeds)
+    layout, scale, seed = data.draw(among(LAYOUTS)), data.draw(scales), data.draw(seeds)
     packed = normal((*lead, 2 * width), dtype, layout, scale, seed).requires_grad_(data.draw(st.booleans()))
     inputs = {
         "gate_up": packed,
-        "activation": data.draw(st.sampled_from(ACTIVATIONS)),
+        "activation": data.draw(among(ACTIVATIONS)),
         "gate_first": data.draw(st.booleans()),
         "interleaved": data.draw(st.booleans()),
     }

@@ -20,22 +20,23 @@ from weft.kernels.gated_linears import Tile, gated_linears, gated_update, refere
 from weft.quant.layout import Layout
 
 from .accuracy import DTYPES, assert_accurate
-from .linear_cases import BACKENDS, DEVICE, LEADS, adapters, cases, maybe, normal, running, tensors, terms, weights
+from .drawing import among, drawn, maybe
+from .linear_cases import BACKENDS, DEVICE, LEADS, adapters, cases, normal, running, tensors, terms, weights
 
 both = pytest.mark.parametrize("name", BACKENDS)
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-scales = st.sampled_from((1.0, 0.5, -2.0))
+scales = among((1.0, 0.5, -2.0))
 SMALL = Tile(16, 64, 4, strip=2)
 """So that small inputs are several tiles, and the interpreter goes down no strip of sixteen."""
 
 
-@st.composite
+@drawn
 def updates(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Operands of ``gated_update``: several tiles, or a part of one; B in its own dtype."""
-    lead, wide = draw(st.sampled_from(LEADS)), draw(st.sampled_from((1, 5, 64, 130)))
-    ranks = draw(st.tuples(st.sampled_from((1, 4, 16, 17)), st.sampled_from((2, 16, 33))))
-    kept = draw(st.sampled_from((dtype, torch.float32)))
-    needs = draw(st.sampled_from(((True, True), (True, False), (False, True))))
+    lead, wide = draw(among(LEADS)), draw(among((1, 5, 64, 130)))
+    ranks = draw(st.tuples(among((1, 4, 16, 17)), among((2, 16, 33))))
+    kept = draw(among((dtype, torch.float32)))
+    needs = draw(among(((True, True), (True, False), (False, True))))
     gate, up = (draw(tensors((*lead, wide), dtype)).detach().requires_grad_(need) for need in needs)
     sizes = ((*lead, sum(ranks)), (wide, ranks[0]), (wide, ranks[1]))
     t, *b = (normal(draw(st.integers(0, 99)), size, dtype, 0.5) for size in sizes)
@@ -43,7 +44,7 @@ def updates(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     if draw(st.booleans()):
         t = torch.cat((t, t), -1)[..., : sum(ranks)]
     inputs = {"gate": gate, "up": up, "t": t, "b_gate": b[0], "b_up": b[1]}
-    return inputs | {"scales": list(draw(st.tuples(scales, scales))), "activation": draw(st.sampled_from(ACTIVATIONS))}
+    return inputs | {"scales": list(draw(st.tuples(scales, scales))), "activation": draw(among(ACTIVATIONS))}
 
 
 @both
@@ -96,17 +97,15 @@ def plain(x: Tensor, *, activation: str, adapter_dtype: torch.dtype | None, **pa
         return gated_activation.gated_activation(*both, activation)
 
 
-@st.composite
+@drawn
 def linears(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Operands of ``gated_linears``."""
-    lead, outs = draw(st.sampled_from(((40,), (3, 7), (2, 3, 4), (0,)))), draw(st.sampled_from((40, 72)))
-    kept, computed = draw(st.sampled_from(((dtype, None), (dtype, None), (torch.float32, torch.float32))))
+    lead, outs = draw(among(((40,), (3, 7), (2, 3, 4), (0,)))), draw(among((40, 72)))
+    kept, computed = draw(among(((dtype, None), (dtype, None), (torch.float32, torch.float32))))
     inputs: dict[str, Any] = {"x": draw(tensors((*lead, 64), dtype)), "adapter_dtype": computed}
-    inputs["activation"] = draw(st.sampled_from(("silu", "gelu_tanh", "identity")))
+    inputs["activation"] = draw(among(("silu", "gelu_tanh", "identity")))
     for i in range(2):
-        layout = draw(
-            st.sampled_from((Layout("rows", outs, 64), Layout("columns", outs, 64), Layout("nf4", outs, 64, 64, 256)))
-        )
+        layout = draw(among((Layout("rows", outs, 64), Layout("columns", outs, 64), Layout("nf4", outs, 64, 64, 256))))
         a, b = draw(adapters(layout, kept))
         inputs |= {f"weights{i}": draw(weights(layout, dtype)), f"layouts{i}": layout.encode(), f"a{i}": a, f"b{i}": b}
         inputs |= {f"biases{i}": draw(maybe(tensors((outs,), dtype))), f"scales{i}": draw(scales)}

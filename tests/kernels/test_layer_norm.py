@@ -15,6 +15,7 @@ from weft.kernels.dispatch import Backend, backend
 from weft.kernels.layer_norm import layer_norm, reference
 
 from .accuracy import DTYPES, assert_accurate
+from .drawing import among, drawn
 from .norm_cases import (
     BACKENDS,
     DEVICE,
@@ -42,17 +43,17 @@ def largest_term(inputs: dict[str, Any]) -> float:
     return 5 * factor * r * max(float(x.abs().max()), 1.0)
 
 
-@st.composite
+@drawn
 def norms(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``layer_norm``; x with a mean that its spread may be much smaller than."""
     shape = draw(shapes())
     return {
-        "x": draw(tensors(shape, dtype, st.sampled_from((True, True, False)), mean=(0, 0, 10, 1000))),
+        "x": draw(tensors(shape, dtype, among((True, True, False)), mean=(0, 0, 10, 1000))),
         "weight": draw(vectors(shape[-1], dtype)),
         "bias": draw(vectors(shape[-1], dtype)),
-        "eps": draw(st.sampled_from((1e-6, 1e-3, 0.5))),
-        "offset": draw(st.sampled_from((0.0, 1.0))),
-        "dtype": draw(st.sampled_from((None, None, torch.float32, torch.bfloat16))),
+        "eps": draw(among((1e-6, 1e-3, 0.5))),
+        "offset": draw(among((0.0, 1.0))),
+        "dtype": draw(among((None, None, torch.float32, torch.bfloat16))),
     }
 
 

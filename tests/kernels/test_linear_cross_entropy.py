@@ -20,6 +20,7 @@ from weft.kernels.dispatch import Backend, backend
 from weft.kernels.linear_cross_entropy import linear_cross_entropy, reference
 
 from .accuracy import DTYPES, assert_accurate, in_float64, largest, run, ulp
+from .drawing import among, drawn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS: tuple[Backend, ...] = ("reference", "triton")
@@ -60,7 +61,7 @@ def tensors(
     }
 
 
-@st.composite
+@drawn
 def cases(draw: st.DrawFn, dtype: torch.dtype) -> tuple[dict[str, Any], int]:
     """Arguments of the operator, and the widest block that its kernel may use."""
     shape = draw(st.one_of(st.tuples(st.integers(0, 9)), st.tuples(st.integers(0, 3), st.integers(0, 3))))
@@ -71,22 +72,22 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> tuple[dict[str, Any], int]:
         dtype=dtype,
         needs=draw(st.tuples(st.booleans(), st.booleans(), st.booleans())),
         bias=draw(st.booleans()),
-        ignored=draw(st.sampled_from((0.0, 0.4, 1.0))),
-        ignore_index=draw(st.sampled_from((-100, 1))),
-        logits=draw(st.sampled_from((0.1, 1.0, 5.0))),
+        ignored=draw(among((0.0, 0.4, 1.0))),
+        ignore_index=draw(among((-100, 1))),
+        logits=draw(among((0.1, 1.0, 5.0))),
         strided=draw(st.booleans()),
         seed=draw(st.integers(0, 2**16)),
     )
     inputs["ignore_index"] = -100 if (inputs["target"] == -100).any() else 1
     inputs["label_smoothing"] = draw(st.one_of(st.just(0.0), st.floats(0.01, 0.3)))
     inputs["softcap"] = draw(st.one_of(st.just(0.0), st.floats(5.0, 30.0)))
-    inputs["logit_scale"] = draw(st.sampled_from((1.0, 0.0625, 1.7)))
-    inputs["reduction"] = draw(st.sampled_from(("mean", "sum", "none")))
+    inputs["logit_scale"] = draw(among((1.0, 0.0625, 1.7)))
+    inputs["reduction"] = draw(among(("mean", "sum", "none")))
     inputs["chunk_tokens"] = draw(st.one_of(st.none(), st.integers(1, 8)))
-    inputs["logits_dtype"] = draw(st.sampled_from((None, None, torch.float32)))
+    inputs["logits_dtype"] = draw(among((None, None, torch.float32)))
     if inputs["reduction"] != "none":
-        inputs["denominator"] = draw(st.sampled_from((None, 7.0, torch.tensor(5, device=DEVICE))))
-    return inputs, draw(st.sampled_from((32, 8192)))
+        inputs["denominator"] = draw(among((None, 7.0, torch.tensor(5, device=DEVICE))))
+    return inputs, draw(among((32, 8192)))
 
 
 def errors(function: Callable[..., Tensor], inputs: dict[str, Any]) -> dict[str, tuple[float, float]]:

@@ -20,6 +20,7 @@ from weft.kernels.lora_linear import lora_linear
 from weft.quant.layout import Layout
 
 from .accuracy import DTYPES, assert_accurate
+from .drawing import among, drawn, maybe
 from .linear_cases import (
     BACKENDS,
     DEVICE,
@@ -30,7 +31,6 @@ from .linear_cases import (
     checkpointed,
     in_features,
     layouts,
-    maybe,
     normal,
     packed_weight,
     precisions,
@@ -46,12 +46,12 @@ ROWS = Layout("rows", 6, 64)
 SCALES = (1.0, 0.5, -2.0, 0.0)
 
 
-@st.composite
+@drawn
 def linears(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``lora_linear``."""
     ins = draw(in_features(whole=draw(st.booleans())))
     layout = draw(layouts(KINDS, ins))
-    shape = (*draw(st.sampled_from(LEADS)), ins)
+    shape = (*draw(among(LEADS)), ins)
     kept, computed, entering = draw(precisions(dtype))
     a, b = draw(adapters(layout, kept))
     return {
@@ -61,7 +61,7 @@ def linears(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
         "bias": draw(maybe(tensors((layout.out_features,), dtype))),
         "a": a,
         "b": b,
-        "scale": draw(st.sampled_from(SCALES)),
+        "scale": draw(among(SCALES)),
         "x_adapter": draw(maybe(tensors(shape, entering))),
         "adapter_dtype": computed,
     }
@@ -84,7 +84,7 @@ def test_dx_may_be_written_over_x(dtype: torch.dtype, data: st.DataObject) -> No
     """The same bits as apart from it, and all that is computed from x as well."""
     layout = draw_layout(data)
     ranks = {"a": normal(2, (4, layout.in_features), dtype, 0.1), "b": normal(3, (layout.out_features, 4), dtype, 0.1)}
-    lead = data.draw(st.sampled_from(LEADS))
+    lead = data.draw(among(LEADS))
     x, dy = (normal(i, (*lead, n), dtype) for i, n in enumerate((layout.in_features, layout.out_features)))
     weight, t = data.draw(weights(layout, dtype)), normal(4, (*lead, 4), dtype)
     needs = [True, False, data.draw(st.booleans()), True, data.draw(st.booleans()), False]

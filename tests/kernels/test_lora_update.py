@@ -16,13 +16,14 @@ from weft.kernels.lora_update import lora_update, reference
 from weft.quant.layout import Layout
 
 from .accuracy import DTYPES, assert_accurate
+from .drawing import among, drawn
 from .linear_cases import DEVICE, LEADS, Results, adapters, cases, checkpointed, normal, precisions, tensors, terms
 
 
-@st.composite
+@drawn
 def updates(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``lora_update``."""
-    layout, lead = Layout("rows", draw(st.integers(1, 40)), draw(st.integers(1, 40))), draw(st.sampled_from(LEADS))
+    layout, lead = Layout("rows", draw(st.integers(1, 40)), draw(st.integers(1, 40))), draw(among(LEADS))
     kept, computed, entering = draw(precisions(dtype))
     a, b = draw(adapters(layout, kept))
     return {
@@ -30,7 +31,7 @@ def updates(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
         "x": draw(tensors((*lead, layout.in_features), entering)),
         "a": a,
         "b": b,
-        "scale": draw(st.sampled_from((1.0, 0.5, -2.0, 0.0))),
+        "scale": draw(among((1.0, 0.5, -2.0, 0.0))),
         "adapter_dtype": computed,
     }
 

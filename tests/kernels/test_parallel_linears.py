@@ -18,6 +18,7 @@ from weft.kernels.parallel_linears import parallel_linears
 from weft.quant.layout import Layout
 
 from .accuracy import DTYPES, assert_accurate
+from .drawing import among, drawn, maybe
 from .linear_cases import (
     BACKENDS,
     DEVICE,
@@ -28,7 +29,6 @@ from .linear_cases import (
     checkpointed,
     in_features,
     layouts,
-    maybe,
     normal,
     packed_weight,
     running,
@@ -51,16 +51,16 @@ def flat(function: Any) -> Any:
     return spread
 
 
-@st.composite
+@drawn
 def groups(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Up to three linears over one x, some with a bias, an adapter, an adapter's own input."""
     ins, count = draw(in_features(whole=draw(st.booleans()))), draw(st.integers(1, 3))
-    shape = (*draw(st.sampled_from(LEADS)), ins)
-    kept, computed = draw(st.sampled_from(((dtype, None), (torch.float32, torch.float32), (torch.float32, None))))
+    shape = (*draw(among(LEADS)), ins)
+    kept, computed = draw(among(((dtype, None), (torch.float32, torch.float32), (torch.float32, None))))
     inputs = {"x": draw(tensors(shape, dtype)), "count": count, "adapter_dtype": computed}
     for i in range(count):
         layout = draw(layouts(KINDS, ins))
-        adapted = draw(st.sampled_from((True, True, False)))
+        adapted = draw(among((True, True, False)))
         a, b = draw(adapters(layout, kept)) if adapted else (None, None)
         inputs |= {
             f"weights{i}": draw(weights(layout, dtype)),
@@ -68,7 +68,7 @@ def groups(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
             f"biases{i}": draw(maybe(tensors((layout.out_features,), dtype))),
             f"a{i}": a,
             f"b{i}": b,
-            f"scales{i}": draw(st.sampled_from((1.0, 0.5, -2.0))),
+            f"scales{i}": draw(among((1.0, 0.5, -2.0))),
             f"x_adapters{i}": draw(maybe(tensors(shape, computed or dtype))) if adapted else None,
         }
     return inputs

@@ -23,6 +23,7 @@ from weft.quant.four_bit import from_quant_state
 from weft.quant.layout import Layout
 
 from .accuracy import DTYPES, assert_accurate
+from .drawing import among, drawn, maybe
 from .linear_cases import (
     BACKENDS,
     DEVICE,
@@ -32,7 +33,6 @@ from .linear_cases import (
     checkpointed,
     in_features,
     layouts,
-    maybe,
     normal,
     packed_weight,
     tensors,
@@ -43,13 +43,13 @@ from .linear_cases import (
 BLOCKS = Layout("nf4", 6, 64, 64, 256)
 
 
-@st.composite
+@drawn
 def linears(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``quant_linear``."""
     ins = draw(in_features(whole=draw(st.booleans())))
     layout = draw(layouts(("nf4", "fp4"), ins))
     return {
-        "x": draw(tensors((*draw(st.sampled_from(LEADS)), ins), dtype)),
+        "x": draw(tensors((*draw(among(LEADS)), ins), dtype)),
         "weight": draw(weights(layout, dtype)),
         "layout": layout.encode(),
         "bias": draw(maybe(tensors((layout.out_features,), dtype))),
@@ -61,9 +61,9 @@ def linears(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
 @cases
 @given(data=st.data())
 def test_matches_float64(name: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
-    inputs, words = data.draw(linears(dtype)), data.draw(st.sampled_from((4, 32)))
+    inputs, words = data.draw(linears(dtype)), data.draw(among((4, 32)))
     tiles = {"ONE_ROW": Tile(8, 16 * words, 4), "NARROW": Tile(4, 16 * words, 4), "SEVERAL": Tile(32, words, 4)}
-    limits = {"NARROW_OUTS": data.draw(st.sampled_from((0, 2048))), "ALONE": data.draw(st.sampled_from((1, 2)))}
+    limits = {"NARROW_OUTS": data.draw(among((0, 2048))), "ALONE": data.draw(among((1, 2)))}
     with backend(name), patch.multiple(quant_matvec, **tiles, **limits):
         assert_accurate(quant_linear, reference, inputs, reduction=128, scale=terms(inputs["x"]))
 

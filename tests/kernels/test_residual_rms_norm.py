@@ -17,6 +17,7 @@ from weft.kernels.residual_rms_norm import reference, residual_rms_norm
 from weft.kernels.rms_norm import rms_norm
 
 from .accuracy import DTYPES, assert_accurate
+from .drawing import among, drawn
 from .norm_cases import (
     BACKENDS,
     LAYOUTS,
@@ -33,22 +34,22 @@ from .norm_cases import (
 )
 
 OUTPUTS = ((0, 1), (0,), (1,))
-GRADS = st.sampled_from((True, True, False))
+GRADS = among((True, True, False))
 
 
-@st.composite
+@drawn
 def norms(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``residual_rms_norm``."""
     shape = draw(shapes())
-    other = draw(st.sampled_from((dtype, dtype, torch.float32, torch.bfloat16)))
+    other = draw(among((dtype, dtype, torch.float32, torch.bfloat16)))
     return {
         "x": draw(tensors(shape, dtype, GRADS)),
         "residual": draw(tensors(shape, other, GRADS)),
         "weight": draw(vectors(shape[-1], dtype)),
-        "eps": draw(st.sampled_from((1e-6, 1e-3, 0.5))),
-        "offset": draw(st.sampled_from((0.0, 1.0))),
-        "eps_mode": draw(st.sampled_from(("inside", "outside", "clamp"))),
-        "dtype": draw(st.sampled_from((None, None, torch.float32, torch.bfloat16))),
+        "eps": draw(among((1e-6, 1e-3, 0.5))),
+        "offset": draw(among((0.0, 1.0))),
+        "eps_mode": draw(among(("inside", "outside", "clamp"))),
+        "dtype": draw(among((None, None, torch.float32, torch.bfloat16))),
     }
 
 
@@ -76,7 +77,7 @@ def only(function: Callable[..., tuple[Tensor, Tensor]], outputs: tuple[int, ...
 @cases
 @given(data=st.data())
 def test_matches_float64(name: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
-    inputs, sizes, outputs = data.draw(norms(dtype)), data.draw(block_sizes()), data.draw(st.sampled_from(OUTPUTS))
+    inputs, sizes, outputs = data.draw(norms(dtype)), data.draw(block_sizes()), data.draw(among(OUTPUTS))
     functions = (only(residual_rms_norm, outputs), only(reference, outputs))
     with running(name, sizes):
         assert_accurate(*functions, inputs, reduction=70, scale=largest_slope(inputs))

@@ -14,6 +14,7 @@ from weft.kernels.dispatch import Backend, backend
 from weft.kernels.rms_norm import reference, rms_norm
 
 from .accuracy import DTYPES, assert_accurate
+from .drawing import among, drawn
 from .norm_cases import (
     BACKENDS,
     DEVICE,
@@ -42,17 +43,17 @@ def largest_slope(inputs: dict[str, Any]) -> float:
     return 5 * r * (1.0 if weight is None else float(weight.detach().abs().max()) + 1)
 
 
-@st.composite
+@drawn
 def norms(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of ``rms_norm``."""
     shape = draw(shapes())
     return {
-        "x": draw(tensors(shape, dtype, st.sampled_from((True, True, False)))),
+        "x": draw(tensors(shape, dtype, among((True, True, False)))),
         "weight": draw(vectors(shape[-1], dtype)),
-        "eps": draw(st.sampled_from((1e-6, 1e-3, 0.5))),
-        "offset": draw(st.sampled_from((0.0, 1.0))),
-        "eps_mode": draw(st.sampled_from(MODES)),
-        "dtype": draw(st.sampled_from((None, None, torch.float32, torch.bfloat16))),
+        "eps": draw(among((1e-6, 1e-3, 0.5))),
+        "offset": draw(among((0.0, 1.0))),
+        "eps_mode": draw(among(MODES)),
+        "dtype": draw(among((None, None, torch.float32, torch.bfloat16))),
     }
 
 

@@ -18,6 +18,7 @@ from weft.kernels.dispatch import Backend, backend
 from weft.kernels.rope import reference, reference_single, rope, rope_single
 
 from .accuracy import DTYPES, assert_accurate, largest
+from .drawing import among, drawn
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IMPLEMENTATIONS: tuple[Backend, ...] = ("reference", "triton")
@@ -51,7 +52,7 @@ def normal(shape: tuple[int, ...], dtype: torch.dtype, layout: str = "contiguous
     return draw(*shape)
 
 
-@st.composite
+@drawn
 def lengths(draw: st.DrawFn, shape: tuple[int, ...], shared: int) -> tuple[int, ...]:
     """Leading sizes of tables that broadcast to ``shape``, of any rank, and share at least dimension ``shared``."""
     sizes = [1 if d == shared or draw(st.booleans()) else n for d, n in enumerate(shape[:-1])]
@@ -60,25 +61,25 @@ def lengths(draw: st.DrawFn, shape: tuple[int, ...], shared: int) -> tuple[int, 
     return tuple(sizes)
 
 
-@st.composite
+@drawn
 def cases(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
     """Arguments of :func:`rope`."""
     rank, seed = draw(st.integers(2, 4)), draw(st.integers(0, 2**16))
-    rotary_dim, rest = 2 * draw(st.integers(1, 9)), draw(st.sampled_from((0, 0, 1, 6)))
+    rotary_dim, rest = 2 * draw(st.integers(1, 9)), draw(among((0, 0, 1, 6)))
     shape = (*(draw(st.integers(0 if draw(st.booleans()) else 1, 4)) for _ in range(rank - 1)), rotary_dim + rest)
     heads = draw(st.integers(0, rank - 2))
     k_shape = (*shape[:heads], draw(st.integers(1, 3)), *shape[heads + 1 :])
-    table = (*draw(lengths(shape, heads)), draw(st.sampled_from((rotary_dim, rotary_dim // 2))))
-    table_dtype = draw(st.sampled_from((dtype, torch.float32)))
-    needs = draw(st.sampled_from(((1, 1, 0, 0), (1, 1, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (1, 1, 1, 1), (0, 0, 1, 0))))
+    table = (*draw(lengths(shape, heads)), draw(among((rotary_dim, rotary_dim // 2))))
+    table_dtype = draw(among((dtype, torch.float32)))
+    needs = draw(among(((1, 1, 0, 0), (1, 1, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (1, 1, 1, 1), (0, 0, 1, 0))))
     q, k, cos, sin = (
-        normal(s, t, draw(st.sampled_from(LAYOUTS)), seed + i).requires_grad_(bool(n))
+        normal(s, t, draw(among(LAYOUTS)), seed + i).requires_grad_(bool(n))
         for i, (s, t, n) in enumerate(
             zip((shape, k_shape, table, table), (dtype, dtype, table_dtype, table_dtype), needs, strict=True)
         )
     )
     inputs = {"q": q, "k": k, "cos": cos, "sin": sin, "interleaved": draw(st.booleans()), "rotary_dim": rotary_dim}
-    return inputs | {"dtype": draw(st.sampled_from((None, None, torch.float32)))}
+    return inputs | {"dtype": draw(among((None, None, torch.float32)))}
 
 
 @both
@@ -86,13 +87,13 @@ def cases(draw: st.DrawFn, dtype: torch.dtype) -> dict[str, Any]:
 @many
 @given(data=st.data())
 def test_matches_float64(implementation: Backend, dtype: torch.dtype, data: st.DataObject) -> None:
-    inputs, tile = data.draw(cases(dtype)), data.draw(st.sampled_from((128, 2048, 2048, 2048)))
+    inputs, tile = data.draw(cases(dtype)), data.draw(among((128, 2048, 2048, 2048)))
     q, k, cos, sin = (inputs[name].detach() for name in ("q", "k", "cos", "sin"))
     # Every result is a sum of products of these; a table's gradient sums two for each row that shares its entry.
     scale = 4 * max(largest(q), largest(k)) * max(1.0, largest(cos), largest(sin))
     terms = 2 * (q.numel() + k.numel()) + 2
     operators: tuple[Any, Any] = (rope, reference)
-    if data.draw(st.sampled_from((False, False, True))):
+    if data.draw(among((False, False, True))):
         inputs["x"] = inputs.pop("q")
         del inputs["k"]
         operators = (rope_single, reference_single)

@@ -14,11 +14,12 @@ from torch import Tensor
 from weft.kernels import lora_update, parallel_linears, split
 from weft.kernels.dispatch import Backend, backend
 
+from .drawing import among
 from .linear_cases import BACKENDS, DEVICE, MEMORY, cases, lay, normal
 from .test_parallel_linears import leaves, operands
 
 TINY = 2.0**-126
-SIZES = st.sampled_from((0, 1, 3, 7, 8, 17))
+SIZES = among((0, 1, 3, 7, 8, 17))
 
 
 def in_parts(wide: Tensor, dtype: torch.dtype) -> bool:
@@ -28,7 +29,7 @@ def in_parts(wide: Tensor, dtype: torch.dtype) -> bool:
 
 @pytest.mark.parametrize("name", BACKENDS)
 @cases
-@given(rows=SIZES, cols=SIZES, seed=st.integers(0, 2**20), power=st.integers(-70, 120), memory=st.sampled_from(MEMORY))
+@given(rows=SIZES, cols=SIZES, seed=st.integers(0, 2**20), power=st.integers(-70, 120), memory=among(MEMORY))
 def test_the_parts_are_the_number(name: Backend, rows: int, cols: int, seed: int, power: int, memory: str) -> None:
     factor = lay(normal(seed, (rows, cols), torch.float32, 2.0**power), memory)
     with backend(name):
@@ -64,8 +65,8 @@ def test_what_is_not_finite_stays_in_the_first_part(name: Backend) -> None:
 @pytest.mark.parametrize("turned", [False, True])
 @cases
 @given(
-    m=SIZES, n=SIZES, k=st.sampled_from((0, 1, 5, 8, 16, 21)), seed=st.integers(0, 2**20),
-    memory=st.sampled_from(("plain", "sliced", "columns")), other=st.sampled_from(MEMORY),
+    m=SIZES, n=SIZES, k=among((0, 1, 5, 8, 16, 21)), seed=st.integers(0, 2**20),
+    memory=among(("plain", "sliced", "columns")), other=among(MEMORY),
 )  # fmt: skip
 def test_products(turned: bool, m: int, n: int, k: int, seed: int, memory: str, other: str) -> None:
     wide, factor = normal(seed, (m, k), torch.bfloat16), normal(seed + 1, (k, n), torch.float32)
@@ -79,7 +80,7 @@ def test_products(turned: bool, m: int, n: int, k: int, seed: int, memory: str, 
 
 
 @cases
-@given(m=SIZES, n=SIZES, k=st.integers(1, 8), seed=st.integers(0, 2**20), other=st.sampled_from(MEMORY))
+@given(m=SIZES, n=SIZES, k=st.integers(1, 8), seed=st.integers(0, 2**20), other=among(MEMORY))
 def test_a_pair_is_the_product_but_for_its_last_bits(m: int, n: int, k: int, seed: int, other: str) -> None:
     left, right = normal(seed, (m, k), torch.float32), lay(normal(seed + 1, (k, n), torch.float32), other)
     parts = split.pair(left, right)
