@@ -119,8 +119,7 @@ class Session:
         record = GraphRecord(RegionRecord([], rung))
         anchors, writes = find_anchors(module), g.written_inputs(module.graph)
         function: Callable[..., Any] = module.forward
-        original = fx.GraphModule(module, module.graph)
-        original.graph = _copy(module.graph)
+        original = _copy(module.graph)
         try:
             with unseen():
                 self.rewrite(module, example_inputs, record)
@@ -130,7 +129,7 @@ class Session:
             record = GraphRecord(RegionRecord([], rung, note=f"left as captured: {first_line(error)}"))
             record.region.nodes_before = record.region.nodes_after = len(module.graph.nodes)
             self.report.notes.append(f"{self.path or '(top)'}: rewriting failed, runs as captured: {first_line(error)}")
-            function = lower(original)
+            function = lower(fx.GraphModule(module, original))
         self.report.graphs.append(record)
         self.report.total_seconds += time.perf_counter() - started
         return CapturedGraph(self, record, function, anchors, writes)

@@ -83,12 +83,11 @@ class Leftovers:
         """``module`` with its runs compiled: a copy, or itself where there are none."""
         graph, before = fx.Graph(), self.runs
         graph.output(graph.graph_copy(module.graph, {}))
-        copied = fx.GraphModule(module, graph)
         for run in runs(graph, self.device_type):
-            run.replace(Call(self, run.module(copied)).named(f"leftovers_{self.runs}"))
+            run.replace(Call(self, run.module(module)).named(f"leftovers_{self.runs}"))
             self.runs += 1
             self.operations += len(run.members)
-        return copied if self.runs > before else module
+        return fx.GraphModule(module, graph) if self.runs > before else module
 
     def remarks(self) -> list[str]:
         """What was compiled, and what could not be, for the report."""
@@ -193,9 +192,7 @@ class Run:
 
     def module(self, root: fx.GraphModule) -> fx.GraphModule:
         """The run as a graph of its own."""
-        made = g.copy_nodes(self.inside, self.inputs, self.outputs, root)
-        made.recompile()
-        return made
+        return g.copy_nodes(self.inside, self.inputs, self.outputs, root)
 
     def replace(self, function: Callable[..., Any]) -> None:
         """Put a call of ``function`` in its place."""
