@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from hypothesis import HealthCheck, settings
 from torch import Tensor, fx
 from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _make_graph_module, _use_lazy_graph_module
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
@@ -46,12 +48,30 @@ def trace(function: Callable[..., Any], inputs: Inputs, *, dynamic: bool = False
 
     Where ``dynamic``, the leading sizes of what has more than two dimensions are symbols.
     """
-    module = fx.GraphModule(torch.nn.Module(), fx.Tracer().trace(function))
+    module = made(traced(function))
     mode = FakeTensorMode(shape_env=ShapeEnv() if dynamic else None)
+    mode.cache_enabled = not dynamic  # with symbols, looking whether a shape is known takes longer than to compute it
     fakes = [_fake(mode, t) if isinstance(t, Tensor) else t for t in inputs.values()]
-    with mode, enable_python_dispatcher():  # composite operators take symbolic sizes only through it
+    with mode, enable_python_dispatcher() if dynamic else nullcontext():
+        # composite operators take symbolic sizes only through it, and all are slower
         _Recorder(module).run(*fakes)
     return module
+
+
+def traced(function: Callable[..., Any]) -> fx.Graph:
+    """``function`` as a graph. ``fx.Tracer.trace`` replaces methods of ``nn.Module``, which none of these calls: what Python
+    has found of the methods of all classes below it is forgotten twice a trace."""
+    tracer = fx.Tracer()
+    tracer.root, tracer.graph, tracer.tensor_attrs = torch.nn.Module(), fx.Graph(tracer_cls=fx.Tracer), {}
+    function, arguments = tracer.create_args_for_root(function, False)
+    tracer.create_node("output", "output", (tracer.create_arg(function(*arguments)),), {})
+    return tracer.graph
+
+
+def made(graph: fx.Graph, root: torch.nn.Module | None = None) -> fx.GraphModule:
+    """A module that runs ``graph``, whose code is written when it is first run or asked for."""
+    with _use_lazy_graph_module(True):
+        return _make_graph_module(root or torch.nn.Module(), graph)
 
 
 def _fake(mode: FakeTensorMode, x: Tensor) -> Tensor:
@@ -81,7 +101,7 @@ def copied(module: fx.GraphModule) -> fx.GraphModule:
     """A module whose graph does not change when that of ``module`` does."""
     graph = fx.Graph()
     graph.output(graph.graph_copy(module.graph, {}))
-    return fx.GraphModule(module, graph)
+    return made(graph, module)
 
 
 def operations(module: fx.GraphModule) -> int:
