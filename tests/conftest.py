@@ -20,6 +20,7 @@ torch.set_num_threads(1)
 _trace = logging.getLogger("torch.__trace")
 _trace.setLevel(logging.ERROR)  # else pytest keeps a record per symbol and line of source
 _trace.handlers.clear()  # else each is still made: torch's handler takes itself away only when it gets one
+_trace.addHandler = lambda hdlr: None  # pytest gives its own to every logger that propagates nothing
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -42,12 +43,11 @@ def _triton_interprets_without_doing_everything_again() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _guards_are_not_timed() -> Iterator[None]:
-    """Dynamo times the guards of each graph for its own statistics, with the processor's cache flushed before: 20 ms a graph."""
-    from torch._dynamo import guards
+def _torch_writes_nothing_down() -> Iterator[None]:
+    from .quiet import turn_off
 
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(guards, "profile_guard_manager", lambda *_: 0.0, raising=False)
+        turn_off(lambda *what: patched.setattr(*what, raising=False))
         yield
 
 

@@ -27,6 +27,7 @@ from weft.sharding import SHARDS_WHOLE_NUMBERS, TORCH, shard
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from models import batch, in_four_bits, llama, quickly, with_lora
+from quiet import turn_off
 
 WORLD = 2
 
@@ -147,6 +148,7 @@ def work(rank: int, folder: Path) -> None:
     torch.set_num_threads(1)
     gc.freeze()
     gc.set_threshold(10_000, 20, 50)  # as in conftest.py
+    turn_off(setattr)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=WORLD, timeout=timedelta(minutes=10)
     )
