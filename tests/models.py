@@ -110,7 +110,7 @@ def assert_identical(found: dict[str, Tensor], wanted: dict[str, Tensor]) -> Non
 
 def quickly(model: nn.Module, verify: bool = False, **options: Any) -> nn.Module:
     """``optimize`` on short examples; replay has tests of its own."""
-    return weft.optimize(model, example_inputs=batch(2, 6), verify=verify, **options)
+    return weft.optimize(model, **{"example_inputs": batch(2, 6), "verify": verify, **options})
 
 
 def twin(model: nn.Module) -> nn.Module:

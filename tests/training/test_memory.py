@@ -85,11 +85,16 @@ def saved_bytes(model: Any) -> dict[str, int]:
     return {b.path: b.saved_bytes for b in plan_of(model).blocks}
 
 
-def planned(memory: str | int, model: Any = None) -> tuple[Any, Any]:
+def planned(memory: str | int, model: Any = None, **options: Any) -> tuple[Any, Any]:
     """A model within ``memory``, and its untouched twin."""
     model = adapted() if model is None else model
     plain = twin(model)
-    return quickly(model, memory=memory), plain
+    return quickly(model, memory=memory, **options), plain
+
+
+ALIKE: dict[str, Any] = {"example_inputs": batch(2, 6, padded=True)}
+"""For tests of something else than a step that is captured anew since it has padding, as ``INPUTS`` do and examples do not:
+capturing a block takes longer than all else."""
 
 
 @pytest.fixture(scope="module")
@@ -124,7 +129,7 @@ def test_a_smaller_limit_holds_less_and_computes_the_same(kind: str) -> None:
 
 @pytest.mark.parametrize("memory", ["min", 1, 10**12, "1 TiB"])
 def test_every_way_to_say_a_limit(memory: str | int) -> None:
-    model, plain = planned(memory, adapted(2))
+    model, plain = planned(memory, adapted(2), **ALIKE)
     assert_same(step(model), step(plain))
     limits = {"min": None, "1 TiB": 2**40}
     assert plan_of(model).limit == limits.get(str(memory), memory)
@@ -143,7 +148,7 @@ def test_all_is_saved_only_where_it_fits(roomy: tuple[Any, Any], thrifty: tuple[
 
 
 def test_the_head_counts_where_the_first_block_is_given_what_needs_no_gradient(thrifty: tuple[Any, Any]) -> None:
-    model, plain = planned("min", with_lora(llama(num_hidden_layers=3)))
+    model, plain = planned("min", with_lora(llama(num_hidden_layers=3)), **ALIKE)
     for _ in range(2):
         assert_same(step(model), step(plain))
         step(thrifty[0])
@@ -152,7 +157,7 @@ def test_the_head_counts_where_the_first_block_is_given_what_needs_no_gradient(t
 
 
 def test_logits_that_nobody_computes_take_no_memory() -> None:
-    model, _ = planned("min", adapted(2, vocab_size=4096))
+    model, _ = planned("min", adapted(2, vocab_size=4096), **ALIKE)
     step(model)
     logits = INPUTS["input_ids"].numel() * 4096 * 4
     head = plan_of(model).working - plan_of(model).blocks[-1].saved_bytes
@@ -173,14 +178,14 @@ def test_lengths_that_come_later_are_planned_at_their_sizes(roomy: tuple[Any, An
 def test_dropout_draws_the_same_numbers_whatever_is_saved() -> None:
     model = with_lora(llama(num_hidden_layers=3), lora_dropout=0.3)
     model.enable_input_require_grads()
-    model, plain = planned("min", model)
+    model, plain = planned("min", model, **ALIKE)
     assert_same(step(model, seed=7), step(plain, seed=7))
     assert not torch.equal(step(model, seed=7)["loss"], step(model, seed=8)["loss"])
     assert held_bytes(model) == saved_bytes(model)
 
 
 def test_all_parameters_trained() -> None:
-    model, plain = planned("min", llama(num_hidden_layers=3).train())
+    model, plain = planned("min", llama(num_hidden_layers=3).train(), **ALIKE)
     assert_same(step(model), step(plain))
     assert held_bytes(model) == saved_bytes(model)
 
@@ -221,7 +226,7 @@ def test_blocks_that_overwrite_a_weight(memory: str) -> None:
 
 
 def test_a_model_without_blocks_has_no_plan() -> None:
-    model, plain = planned("min", llama(num_hidden_layers=1).train())
+    model, plain = planned("min", llama(num_hidden_layers=1).train(), **ALIKE)
     assert_same(step(model), step(plain))
     assert model.rewrite_report.memory is None
 
@@ -234,7 +239,7 @@ def test_training_follows_the_same_losses() -> None:
 
 
 def test_before_the_first_step_the_state_of_the_optimizer_is_expected() -> None:
-    model, _ = planned("1TB")
+    model, _ = planned("1TB", **ALIKE)
     trained = [p for p in model.parameters() if p.requires_grad]
     size = 4 * sum(p.numel() for p in trained)
     optimizer = torch.optim.AdamW(trained, lr=1e-3)
@@ -248,7 +253,7 @@ def test_before_the_first_step_the_state_of_the_optimizer_is_expected() -> None:
 
 def test_what_a_step_took_beyond_its_limit_is_counted_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """But not what an evaluation between two steps took, which is far more."""
-    model, plain = planned("24GB")
+    model, plain = planned("24GB", **ALIKE)
     wanted, peak = step(plain), [0]
     monkeypatch.setattr(step_memory, "peak_bytes", lambda device: peak[0])
     step(model)
@@ -290,7 +295,7 @@ def test_blocks_that_cost_what_they_were_taken_to_are_chosen_for_once(
 
 def test_little_more_room_changes_no_choice(asked: list[Any]) -> None:
     """Choosing takes the host longer than a block."""
-    model, _ = planned("24GB")
+    model, _ = planned("24GB", **ALIKE)
     step(model)
     steps = model.rewrite_report.steps
     limit = steps.limit = int(plan_of(model).predicted * 0.9)
@@ -344,7 +349,7 @@ def test_evaluation_in_between_changes_no_plan(thrifty: tuple[Any, Any]) -> None
 
 
 def test_a_forward_that_fails_leaves_the_next_plan_whole() -> None:
-    model, plain = planned("24GB")
+    model, plain = planned("24GB", **ALIKE)
     step(model)
     half = model.rewrite_report.steps.limit = int(plan_of(model).predicted * 0.75)
     step(model)
@@ -370,7 +375,7 @@ def test_checkpointing_of_the_model_is_obeyed(when: str, reentrant: bool, thrift
     if when == "before":
         enable()
     original = None if when == "after" else model.base_model.model.model.layers[0]._gradient_checkpointing_func
-    quickly(model, memory="1TB")
+    quickly(model, memory="1TB", **ALIKE)
     if when == "after":
         enable()
         original = model.base_model.model.model.layers[0]._gradient_checkpointing_func
@@ -405,7 +410,7 @@ def test_blocks_that_somebody_else_checkpoints(reentrant: bool) -> None:
     """Checkpointing put around a block by hand: computed again from outside, with the same numbers."""
     model = with_lora(llama(num_hidden_layers=3, use_cache=False), lora_dropout=0.2)
     model.enable_input_require_grads()
-    model, plain = planned("1TB", model)
+    model, plain = planned("1TB", model, **ALIKE)
     for layer in (m for each in (model, plain) for m in each.base_model.model.model.layers):
         layer.forward = partial(_again, layer.forward, reentrant)
     for seed in range(2):
@@ -433,7 +438,7 @@ def test_inference_takes_no_limit(roomy: tuple[Any, Any]) -> None:
 
 
 def test_a_copy_of_a_planned_model_is_an_ordinary_one() -> None:
-    model, plain = planned("min", llama(num_hidden_layers=3).train())
+    model, plain = planned("min", llama(num_hidden_layers=3).train(), **ALIKE)
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.disable_input_require_grads()  # whose hook cannot be saved
     step(model)
