@@ -14,6 +14,8 @@ import _pytest.runner
 import pytest
 import torch
 
+from .float32 import as_precise_as_before
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 torch.set_num_threads(1)
@@ -53,13 +55,8 @@ def _torch_writes_nothing_down() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _as_precise_as_before() -> Iterator[None]:
-    """Trainer under torch.compile turns TensorFloat-32 on for all that the process computes later; accelerate does so by the
-    older of torch's two settings, and on a GPU alone."""
-    kept, of_products = torch.backends.fp32_precision, torch.get_float32_matmul_precision()
-    yield
-    if torch.get_float32_matmul_precision() != of_products:
-        torch.set_float32_matmul_precision(of_products)
-    torch.backends.fp32_precision = kept
+    with as_precise_as_before():
+        yield
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -25,7 +25,7 @@ MAY_IMPORT = {
 COMMON = ("errors", "text")
 """The modules of the face that every folder may import: they import nothing of weft."""
 ENGINE = tuple(f for f in MAY_IMPORT if f != "weft")
-COMMON_WORDS = {"align", "bit", "clip", "codegen", "encoderdecoder"}
+COMMON_WORDS = {"align", "bit", "clip", "codegen", "cvt", "encoderdecoder"}  # cvt: an instruction of PTX
 """Names of model types that are words of English or of torch first."""
 ARCHITECTURES = {re.sub(r"[^a-z0-9]", "", name.lower()) for name in CONFIG_MAPPING_NAMES} - COMMON_WORDS
 
