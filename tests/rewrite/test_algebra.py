@@ -6,6 +6,7 @@ The spellings are in the folder ``equations``, in a file for each file of equati
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -19,42 +20,11 @@ from weft.rewrite.expr import Expr, View, strip_casts
 
 from ..graphs import cases, normal, trace
 from ..programs import function_of, inputs, programs
-from .equations import (
-    activations,
-    adapters,
-    arithmetic,
-    broadcasts,
-    complex,
-    exponentials,
-    losses,
-    masks,
-    near,
-    norms,
-    parts,
-    products,
-    reductions,
-    rows,
-    shapes,
-)
 from .equations.cases import Cases
+from .equations.near import NEAR
 
-THEMES = (
-    activations,
-    adapters,
-    arithmetic,
-    broadcasts,
-    complex,
-    exponentials,
-    losses,
-    masks,
-    norms,
-    parts,
-    products,
-    reductions,
-    rows,
-    shapes,
-)
-OURS = near.__name__.rpartition(".")[0]
+OURS = f"{__package__}.equations."
+THEMES = [import_module(OURS + theme.__name__.rpartition("_")[2]) for theme in algebra.THEMES]
 EQUAL: Cases = {name: pairs for theme in THEMES for name, pairs in theme.EQUAL.items()}
 
 ELSEWHERE = {
@@ -220,10 +190,10 @@ def test_pairs_as_complex_numbers_and_back() -> None:
     assert_sound(module, list(given.values()))
 
 
-@pytest.mark.parametrize("name", near.NEAR)
+@pytest.mark.parametrize("name", NEAR)
 def test_what_no_equation_may_change(name: str) -> None:
-    given = _arguments(near.NEAR[name])
-    assert_sound(trace(near.NEAR[name], given), list(given.values()))
+    given = _arguments(NEAR[name])
+    assert_sound(trace(NEAR[name], given), list(given.values()))
 
 
 @cases
