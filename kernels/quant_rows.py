@@ -17,6 +17,7 @@ The warps of a program share the blocks of its eight outputs.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -206,9 +207,16 @@ def _few_rows(
 
 def serves(x: Tensor, weight: list[Tensor], layout: Layout) -> bool:
     """Whether this kernel runs here and takes a matrix ``x`` of up to 16 rows."""
-    if dispatch.INTERPRETED or torch.version.hip is not None or x.dtype not in (torch.bfloat16, torch.float16):
+    if x.dtype not in (torch.bfloat16, torch.float16) or not _has_instructions(x.device):
         return False
     return layout.block_size % STEP == 0 and weight[0].data_ptr() % 8 == 0 and 0 < x.shape[0] <= 2 * ROWS.value
+
+
+@cache
+def _has_instructions(device: torch.device) -> bool:
+    """They came with compute capability 8.0."""
+    here = device.type == "cuda" and torch.version.hip is None and not dispatch.INTERPRETED
+    return here and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def multiply(x: Tensor, weight: list[Tensor], layout: Layout, bias: Tensor | None, y: Tensor) -> None:

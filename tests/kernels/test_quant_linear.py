@@ -95,6 +95,16 @@ def test_a_few_rows_on_the_matrix_units(dtype: torch.dtype, layout: str, rows: i
         assert (multiply.call_count > 0) == served
 
 
+@pytest.mark.parametrize(("capability", "served"), [((7, 5), False), ((8, 0), True), ((12, 0), True)])
+def test_the_matrix_units_of_older_devices_are_not_asked(
+    capability: tuple[int, int], served: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(quant_rows.dispatch, "INTERPRETED", False)
+    assert quant_rows._has_instructions.__wrapped__(torch.device("cuda", 0)) == served
+    assert not quant_rows._has_instructions.__wrapped__(torch.device("cpu"))
+
+
 @pytest.mark.parametrize("name", BACKENDS)
 @pytest.mark.filterwarnings("ignore:.* encountered in:RuntimeWarning")
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
