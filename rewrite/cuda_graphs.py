@@ -47,6 +47,12 @@ MOST_SIZES = 16
 REMEMBERED = 256
 """Sizes of calls of which it is remembered whether they are recorded."""
 
+IN_VAIN = 3
+"""Times in a row that all recordings were made and outdated before they had been worth it."""
+
+WORTH_IT = 8
+"""Replays of a recording, in the mean, that are worth having made it."""
+
 LATER = "results of a recording made later are in use"
 
 HOST_CALLS = 13
@@ -74,9 +80,13 @@ class Recordings:
     rates: Rates | None = None
     """Of the device."""
     kept: Kept = field(default_factory=Kept)
-    given_up: int = 0
+    given_up: dict[str, int] = field(default_factory=dict)
+    """How many recordings, and why."""
     allowed: bool = True
     """Whether there is memory for more."""
+    _in_vain: int = 0
+    _replayed: int = 0
+    """Before the recordings that there are."""
     _calls: WeakSet[RecordedCalls] = field(default_factory=WeakSet)
     _unused_after: int = -1
     """Of recordings made after this one no result is in use."""
@@ -117,21 +127,31 @@ class Recordings:
         """Kept between steps."""
         return self.kept.bytes
 
-    def give_up(self) -> None:
+    def give_up(self, reason: str = "for their memory") -> None:
         """Let go of all recordings and of what they keep; calls of these sizes run kernel by kernel from now on."""
-        self.given_up += self.count
+        self.given_up[reason] = self.given_up.get(reason, 0) + self.count
         self.start_over()
         for calls in list(self._calls):
             calls.wanted = dict.fromkeys(calls.wanted, False)
 
+    def outdated(self) -> None:
+        """A weight that is not trained has changed, and recordings may read what operators made of it: they are made anew, but
+        not for one that changes every few steps."""
+        in_vain = self.replays - self._replayed < WORTH_IT * self.count
+        self._in_vain = self._in_vain + 1 if in_vain else 0
+        if self._in_vain < IN_VAIN:
+            self.start_over()
+        else:
+            self.give_up("since a weight that is not trained keeps changing")
+
     def start_over(self) -> None:
-        """Let go of all recordings, to be made anew: what operators made of weights, and these read, may be of weights that have
-        changed."""
+        """Let go of all recordings, to be made anew."""
         if self.device_type == "cuda":
             torch.cuda.synchronize()  # what is replayed now must end before its memory is somebody else's
         for calls in list(self._calls):
             calls.forget()
         self.made, self.kept, self._pool, self._unused_after = [], Kept(), None, -1
+        self._replayed = self.replays
 
     def overwrites_no_other(self, recording: Recording) -> bool:
         """Whether it may run next. Results come into use by a replay alone: each recording is looked at once a step."""
@@ -147,7 +167,7 @@ class Recordings:
         done = f"CUDA graphs: {self.count} recordings keep {self.bytes / 2**20:.1f} MiB, {self.replays} replays"
         return [
             *([done] if self.count else []),
-            *([f"CUDA graphs: {self.given_up} recordings were given up for their memory"] if self.given_up else []),
+            *(f"CUDA graphs: {n} recordings were given up {why}" for why, n in self.given_up.items()),
             *(f"CUDA graphs: {n} calls ran kernel by kernel: {why}" for why, n in self.notes.items()),
         ]
 

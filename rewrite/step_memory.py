@@ -208,7 +208,7 @@ class StepMemory:
             return
         versions = self._weights.frozen_versions()
         if self._frozen not in (None, versions):
-            self.recordings.start_over()
+            self.recordings.outdated()
         self._frozen = versions
 
     def room_beside(self, device: torch.device) -> int:

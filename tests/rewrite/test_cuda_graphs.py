@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
 from weft.rewrite import cuda_graphs
-from weft.rewrite.cuda_graphs import LATER, Recordings, bound_by_host
+from weft.rewrite.cuda_graphs import LATER, WARM, WORTH_IT, Recordings, bound_by_host
 from weft.rewrite.rates import Rates
 from weft.rewrite.recording import IN_USE, MOVED
 
@@ -228,7 +228,19 @@ def test_recordings_that_are_given_up_are_not_made_again() -> None:
             found[-1].pow(2).sum().backward()
         same([outputs[-1].detach(), *model.grads()], [wanted[-1].detach(), *plain.grads()])
     assert model.recordings.count == model.recordings.bytes == 0
-    assert model.recordings.given_up == 6
+    assert sum(model.recordings.given_up.values()) == 6
+
+
+@pytest.mark.parametrize(("every", "left"), [(WARM + 2, 0), (2 * WORTH_IT, 6)])
+def test_for_a_weight_that_keeps_changing_none_are_made(every: int, left: int) -> None:
+    """Each time they would be made anew, to be replayed once; not where they are replayed often in between."""
+    model, plain = both()
+    for seed in range(1, 6 * every):
+        same(step(model, seed), step(plain, seed))
+        if seed % every == 0:
+            model.recordings.outdated()
+    assert model.recordings.count == left
+    assert any("keeps changing" in remark for remark in model.recordings.remarks()) == (not left)
 
 
 def test_what_cannot_be_recorded_runs_and_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:

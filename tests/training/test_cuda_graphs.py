@@ -136,5 +136,5 @@ def test_those_of_other_sizes_are_given_up_for_memory() -> None:
             second.backward()
             first.backward()
         same_gradients(model, plain)
-    assert steps.recordings.given_up >= 8
+    assert sum(steps.recordings.given_up.values()) >= 8
     assert any("given up for their memory" in remark for remark in model.rewrite_report.remarks)
