@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from .dispatch import records
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -63,7 +65,7 @@ def _can_look(mask: Tensor, q: Tensor) -> bool:
         and shape[0] in (1, q.shape[0])
         and shape[2] == shape[3] == q.shape[2] > 1
     )
-    return square and not mask.is_inference() and not (mask.is_cuda and torch.cuda.is_current_stream_capturing())
+    return square and not mask.is_inference() and not records()
 
 
 def _look(mask: Tensor, rows: int) -> Documents | None:

@@ -50,6 +50,11 @@ def why_reference(device: torch.device) -> str:
     return f"Triton is not installed, or does not support {device}: operators compute in plain torch there"
 
 
+def records() -> bool:
+    """Whether what is launched now is recorded for a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+
+
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype in which an operator does its arithmetic: float64 for float64 inputs, float32 for all others."""
     return torch.float64 if x.dtype == torch.float64 else torch.float32

@@ -19,6 +19,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from ..quant.layout import Layout
 from . import fp8
 from .dequantize_4bit import dense
+from .dispatch import records
 
 Key = tuple[Layout, torch.dtype, bool]
 
@@ -49,7 +50,7 @@ def quantized(weight: list[Tensor], layout: Layout, dtype: torch.dtype, *, colum
         return copy
     matrix = dense(weight, layout, dtype)
     made = fp8.quantize_rows(matrix.t() if columns else matrix)
-    if kept is None or (first.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if kept is None or records():
         return made  # what a recording computes lies in its own memory, and is there when it is replayed
     if copy is not None:  # a recording may read it where it lies
         for target, source in zip(copy, made, strict=True):

@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
+from .dispatch import records
+
 P = ParamSpec("P")
 R = TypeVar("R")
 Fake = TypeVar("Fake", bound=Callable[..., Any])
@@ -204,8 +206,7 @@ class _Node(torch.autograd.Function):
 def _runs_again() -> bool:
     """Whether the backward that is running may run again on what was saved for it; also where none is running."""
     autograd: Any = torch._C._autograd  # pyright: ignore[reportAttributeAccessIssue]
-    captures = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
-    return captures or autograd._get_current_graph_task_keep_graph()
+    return records() or autograd._get_current_graph_task_keep_graph()
 
 
 def _watched() -> bool:
