@@ -15,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx, nn
 
-from weft.rewrite import cuda_graphs
-from weft.rewrite.cuda_graphs import LATER, WARM, WORTH_IT, Recordings, bound_by_host
+from weft.rewrite import recorded_calls
+from weft.rewrite.cuda_graphs import WORTH_IT, Recordings
 from weft.rewrite.rates import Rates
+from weft.rewrite.recorded_calls import LATER, WARM, bound_by_host
 from weft.rewrite.recording import IN_USE, MOVED
 
 from ..graphs import cases, normal
@@ -69,7 +70,7 @@ class Model:
 
 @pytest.fixture(autouse=True)
 def _everything_is_small(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "bound_by_host", lambda *_: True)
+    monkeypatch.setattr(recorded_calls, "bound_by_host", lambda *_: True)
     torch._dynamo.reset()
 
 
@@ -209,7 +210,7 @@ def test_an_input_that_stayed_and_has_moved_is_read_where_it_is() -> None:
 
 
 def test_no_more_sizes_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "MOST_SIZES", 1)
+    monkeypatch.setattr(recorded_calls, "MOST_SIZES", 1)
     model, plain = both()
     for _ in range(3):
         for length in (5, 4):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import weft
-from weft.rewrite import cuda_graphs, whole
+from weft.rewrite import recorded_calls, whole
 
 from ..models import assert_same, batch, outcome, twin
 from ..rewrite.recorded import DEVICE, ON_GPU, Stand
@@ -22,7 +22,7 @@ call once the forward is recorded."""
 
 @pytest.fixture(autouse=True)
 def _recorded_on_a_cpu_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_graphs, "bound_by_host", lambda *_: True)
+    monkeypatch.setattr(recorded_calls, "bound_by_host", lambda *_: True)
     if not ON_GPU:
         monkeypatch.setattr(whole, "on_gpu", lambda _: True)
         monkeypatch.setattr(whole, "Recordings", lambda parameters: Stand(parameters, DEVICE))
