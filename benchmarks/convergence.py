@@ -1,6 +1,6 @@
 """200 steps of supervised fine-tuning, weft beside transformers + PEFT: the same weights, the same batches, every loss.
 
-    python -m benchmarks.convergence [--size full|small|tiny] [--steps 200] [--minutes 4] [--out FILE]
+    python -m benchmarks.convergence [--size full|small|mini|tiny] [--steps 200] [--minutes 4] [--out FILE]
 
 A Llama-shaped model is first trained on the source text of installed packages (see :mod:`.precision_language`), then
 fine-tuned with LoRA on excerpts of other files, of ragged length, in {float32, bfloat16} × {LoRA, QLoRA} × {padded, packed}.
@@ -32,7 +32,11 @@ from .precision_language import SIZES, Size, tokens_of, trained
 
 ARMS = ("hf", "weft", "hf, attention written out")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-ALL_SIZES = {**SIZES, "tiny": Size(64, 2, 512, 64, 8, 60, 2e-3, 400_000, 8)}
+ALL_SIZES = {
+    **SIZES,
+    "tiny": Size(64, 2, 512, 64, 8, 60, 2e-3, 400_000, 8),
+    "mini": Size(128, 4, 1024, 128, 8, 500, 2e-3, 1_500_000, 16),
+}
 LAST = 20
 """Steps over which the losses at the end are averaged."""
 

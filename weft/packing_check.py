@@ -161,7 +161,9 @@ def _probe(root: nn.Module, trial: _Trial) -> None:
             + ". Train it on padded batches, or choose another attn_implementation"
         )
     alone = trial.run(second)
-    rounding = 1e-3 if seen.logits.dtype in ALLOWED else 0.1
+    # a row of another length may take other kernels, those of 4-bit weights among them, which round to 16 bits inside
+    wide = all(t.dtype in ALLOWED for t in (seen.logits, *root.parameters()))
+    rounding = 1e-3 if wide else 0.1
     if _difference(alone, seen.logits) > rounding * float(alone.abs().max()):
         raise PackingError(
             f"{type(root).__name__} computes other logits for a packed document than for the document alone, by "

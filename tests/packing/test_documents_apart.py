@@ -17,7 +17,7 @@ from weft.packing import PackedCollator, check_packing, collator
 from weft.packing_check import LENGTHS
 from weft.rewrite.errors import PackingError
 
-from ..models import VOCABULARY, assert_same, with_lora
+from ..models import VOCABULARY, assert_same, in_four_bits, llama, with_lora
 
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -206,6 +206,12 @@ def test_what_no_graph_shows_is_found_by_running_the_model() -> None:
 def test_positions_that_do_not_start_anew_are_refused() -> None:
     with pytest.raises(PackingError, match="counts positions from the start of the row"):
         check_packing(Averaging(True))
+
+
+def test_other_kernels_for_another_row_are_no_other_positions() -> None:
+    """bitsandbytes' products of 4-bit weights round to 16 bits inside, and otherwise for another number of rows."""
+    model = in_four_bits(llama(num_hidden_layers=2, hidden_size=256, intermediate_size=512))
+    check_packing(with_lora(model))
 
 
 def test_lengths_to_try_are_primes() -> None:
