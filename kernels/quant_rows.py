@@ -31,13 +31,15 @@ from .toolchain import tl, triton
 
 WARPS, UNROLL, RESIDENT = 4, 4, 4
 """Warps of a program, blocks of 64 weights that a warp has under way at a time, programs of a multiprocessor."""
-STEP = 64
+STEP = tl.constexpr(64)
 """Weights that a warp's instructions take of each output at a time: blocks have so many, or a multiple."""
 OUTS, ROWS = tl.constexpr(8), tl.constexpr(8)
 """Outputs of a program, and rows that one instruction takes."""
-TABLE_BYTES = tl.constexpr(256 * 16 * 8)
+_TABLE = 256 * 16 * 8
+TABLE_BYTES = tl.constexpr(_TABLE)
+"""An entry for each byte, in 16 copies, of two numbers of 16 bits as hi and lo."""
 
-_DECLARE = tl.constexpr("{ .shared .align 16 .b8 weft_pairs[32768]; mov.u32 $0, weft_pairs; and.b32 $0, $0, -1; }")
+_DECLARE = tl.constexpr(f"{{ .shared .align 16 .b8 weft_pairs[{_TABLE}]; mov.u32 $0, weft_pairs; }}")
 _EIGHT_BYTES = tl.constexpr(
     "{ .reg .pred p; setp.ne.b32 p, $3, 0; mov.b32 $0, 0; mov.b32 $1, 0; @p ld.global.nc.v2.b32 {$0, $1}, [$2]; }"
 )
@@ -157,7 +159,7 @@ def _few_rows(
     its output and its row of x, and the lane % 4 of that its part of a block."""
     HALF: tl.constexpr = x.dtype.element_ty == tl.float16
     THREADS: tl.constexpr = 32 * WARPS
-    STEPS: tl.constexpr = BLOCK_SIZE // 64
+    STEPS: tl.constexpr = BLOCK_SIZE // STEP
     words, pairs = packed.to(tl.pointer_type(tl.int32)), x.to(tl.pointer_type(tl.int32))
     thread = tl.arange(0, THREADS)
     warp, group, part = thread // 32, thread % 32 // 4, thread % 4
@@ -165,7 +167,7 @@ def _few_rows(
     table = tl.inline_asm_elementwise(_DECLARE, "=r,r", [thread], dtype=tl.int32, is_pure=False, pack=1)
     _fill(table, code, thread, THREADS, HALF)
     table += thread % 16 * 8
-    count = ins // 64
+    count = ins // STEP
     lane, result = tl.arange(0, 32)[:, None], tl.arange(0, 2 * TILES)[None, :]
     for tile in range(tl.program_id(0), tl.cdiv(outs, OUTS), tl.num_programs(0)):
         # Past the last output it is taken again, and not stored.
@@ -189,7 +191,7 @@ def _few_rows(
                 for n in tl.static_range(TILES):
                     row = n * ROWS + group
                     here = (at < count) & (row < rows)
-                    numbers = numbers + _read_eight(pairs + (row * ins + at * 64 + part * 16) // 2, here)
+                    numbers = numbers + _read_eight(pairs + (row * ins + at * STEP + part * 16) // 2, here)
                 sums, grown = _block_sums(bits[2 * u], bits[2 * u + 1], table, numbers, zero, HALF, TILES), ()
                 for i in tl.static_range(2 * TILES):
                     hi, lo = sums[i // 2 * 4 + i % 2], sums[i // 2 * 4 + i % 2 + 2]
@@ -209,7 +211,7 @@ def serves(x: Tensor, weight: list[Tensor], layout: Layout) -> bool:
     """Whether this kernel runs here and takes a matrix ``x`` of up to 16 rows."""
     if x.dtype not in (torch.bfloat16, torch.float16) or not _has_instructions(x.device):
         return False
-    return layout.block_size % STEP == 0 and weight[0].data_ptr() % 8 == 0 and 0 < x.shape[0] <= 2 * ROWS.value
+    return layout.block_size % STEP.value == 0 and weight[0].data_ptr() % 8 == 0 and 0 < x.shape[0] <= 2 * ROWS.value
 
 
 @cache

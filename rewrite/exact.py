@@ -139,9 +139,8 @@ class _SlicedLinear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
         slices = _slices(*ctx.saved_tensors)
         parts = zip(dy.split([len(rows) for rows in slices], -1), slices, strict=True)
-        return sum(
-            ((part @ rows.double()) for part, rows in parts), torch.zeros((), dtype=dy.dtype, device=dy.device)
-        ), None
+        dx: Any = sum(part @ rows.double() for part, rows in parts)
+        return dx, None
 
 
 def _slices(weight: Tensor) -> Sequence[Tensor]:

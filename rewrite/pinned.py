@@ -63,11 +63,6 @@ class PinnedPool:
         """``tensor``, which was taken, may be written by others."""
         self._free.setdefault(tensor.nbytes, []).append(tensor)
 
-    @property
-    def free(self) -> list[Tensor]:
-        """What has been given back."""
-        return [tensor for tensors in self._free.values() for tensor in tensors]
-
     def _new(self, size: int) -> Tensor:
         while True:
             for i, slab in enumerate(self._open):
