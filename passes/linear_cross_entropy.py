@@ -45,20 +45,27 @@ class FuseLinearCrossEntropy(RewriteRule):
         "tempered": ("", "times", "over"),
         "scaled": (False, True),
         "capped": (False, True),
+        "behind": (False, True),
         "loss": ("cross_entropy", "nll", "picked", "lost"),
     }
 
     def pattern(
         self, x: Any, w: Any, b: Any, t: Any, temperature: Any, scale: Any, cap: Any, steps: Any,
         class_weight: Any, ignore_index: Any, reduction: Any, smoothing: Any, how: Any,
-        *, tempered: str, scaled: bool, capped: bool, loss: str,
+        *, tempered: str, scaled: bool, capped: bool, behind: bool, loss: str,
     ) -> Any:  # fmt: skip
-        """Logits scaled and capped or not, and rows of them, however chosen."""
+        """Logits, and rows of them, however chosen; either are scaled and capped, or not."""
+        if behind and not (tempered or scaled or capped):
+            return None
+
+        def adjusted(z: Any) -> Any:
+            z = z / temperature if tempered == "over" else z * temperature if tempered else z
+            z = z * scale if scaled else z
+            return torch.tanh(z) * cap if capped else z
+
         z = F.linear(x, w, b)
-        z = z / temperature if tempered == "over" else z * temperature if tempered else z
-        z = z * scale if scaled else z
-        z = torch.tanh(z) * cap if capped else z
-        read = rows(z, steps)
+        z = z if behind else adjusted(z)
+        read = adjusted(rows(z, steps)) if behind else rows(z, steps)
         if loss in ("picked", "lost"):
             chosen = picked(F.log_softmax(read, -1), t, how, smoothing)
             return chosen if loss == "picked" else -chosen, z
@@ -96,7 +103,8 @@ class FuseLinearCrossEntropy(RewriteRule):
         self, m: Match, x: Any, w: Any, b: Any, t: Any, temperature: Any, steps: Any, ignore_index: Any,
         reduction: Any, smoothing: Any, **_: Any,
     ) -> Any:  # fmt: skip
-        """The fused loss, and logits that are computed when they are read."""
+        """The fused loss, and logits that are computed when they are read, adjusted or not as the model's are."""
+        untouched = x, w, b
         if m.tempered:  # the temperature may be learned: autograd takes its gradient from that of x
             x, b = _tempered(x, m.x, temperature, m), None if b is None else _tempered(b, m.b, temperature, m)
         scale, cap = _scale_and_cap(m)
@@ -121,7 +129,10 @@ class FuseLinearCrossEntropy(RewriteRule):
         kind = dtype_of(m.outputs[1])
         if self.logits == "drop":
             return loss, call(_dropped, x, w, kind)
-        logits = call(deferred_logits, x, w, b, logit_scale=scale, softcap=cap)
+        if m.behind:
+            logits = call(deferred_logits, *untouched)
+        else:
+            logits = call(deferred_logits, x, w, b, logit_scale=scale, softcap=cap)
         return loss, logits if kind == product_dtype(m.x) else logits.to(kind)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from torch import fx
 
 from .algebra_arithmetic import features
-from .equation import Site, equation, op_of
+from .equation import Site, equation, numeric_factor, op_of
 from .expr import Expr, View, last_size, rank
 from .graph import sizes
 
@@ -50,6 +50,20 @@ def _apart(v: View, product: Expr | None) -> Expr | None:
         return None
     low, scale, rows = _low_rank_product(product.args[1], product.op == "linear")
     return None if low is None or scale is not None else _twice(v, product.args[0], low, rows, product.node)
+
+
+@equation("linear", "linear_columns")
+def scaled_factor(v: View, at: Site, x: Any, weight: Any, bias: Any = None) -> Expr | None:
+    """(x (c·A)ᵀ) Bᵀ = (x Aᵀ) (c·B)ᵀ = c·((x Aᵀ) Bᵀ)  of a number c"""
+    first = op_of(x, *PRODUCTS)
+    if bias is not None or first is None or first.args[2] is not None:
+        return None
+    (a, of_a), (b, of_b) = numeric_factor(first.args[1]), numeric_factor(weight)
+    c = of_a if of_b is None else of_b if of_a is None else of_a * of_b
+    if c is None:
+        return None
+    inner = _product(v, first.args[0], a, first.op == "linear")
+    return v.make("mul", _product(v, inner, b, at.op == "linear"), c, node=at.node)
 
 
 @equation("add")

@@ -39,15 +39,36 @@ def _picked(v: View, at: Site, x: Expr, labels: Any, how: str = "as given") -> E
 
 @equation("getitem")
 def number_of_each_row(v: View, at: Site, x: Any, index: Any) -> Expr | None:
-    """x[(0, 1, 2, …), labels] is picked of the rows; not where the labels are a mask, or another integer that may be one."""
-    first, labels = index if isinstance(index, tuple) and len(index) == 2 else (None, None)
-    count, rows = op_of(first, "arange"), shape_of(x)[:1]
-    if count is None or not isinstance(labels, Expr) or dtype_of(labels.node) != torch.int64:
+    """x[(0, 1, …), labels] and x[(0, 1, …)[:, None], (0, 1, …), labels] are picked of the rows
+
+    Not where the labels are a mask, or another integer that may be one.
+    """
+    *places, labels = index if isinstance(index, tuple) else (index,)
+    before, last = shape_of(x)[:-1], dtype_of(labels.node) if isinstance(labels, Expr) else None
+    if last != torch.int64 or not 0 < len(before) == len(places) or before != shape_of(labels):
         return None
-    given = [a for a in count.args if not isinstance(a, tuple)]  # keywords, such as the device, are pairs
+    counted = all(_counts(place, dim, before) for dim, place in enumerate(places))
+    return _picked(v, at, x, labels, "counted") if counted else None
+
+
+def _counts(x: Any, dim: int, shape: tuple[Any, ...]) -> bool:
+    """Whether ``x`` counts from 0 along one dimension of ``shape``, with which it is broadcast."""
+    own = shape_of(x)
+    while isinstance(x, Expr) and x.op in ("unsqueeze", "view", "getitem"):
+        if x.op == "getitem" and not all(i is None or i is Ellipsis or i == slice(None) for i in _items(x.args[1])):
+            return False
+        x = x.args[0]
+    count = op_of(x, "arange")
+    given = (
+        [a for a in count.args if not isinstance(a, tuple)] if count else []
+    )  # keywords, such as the device, are pairs
     from_zero = len(given) == 1 or (len(given) == 2 and is_number(given[0]) and given[0] == 0)
-    fits = len(shape_of(x)) == 2 and rows == shape_of(count) == shape_of(labels)
-    return _picked(v, at, x, labels, "counted") if from_zero and fits else None
+    ones = (1,) * len(shape)
+    return from_zero and (*ones[len(own) :], *own) == (*ones[:dim], shape[dim], *ones[dim + 1 :])
+
+
+def _items(index: Any) -> tuple[Any, ...]:
+    return index if isinstance(index, tuple) else (index,)
 
 
 @equation("sum")

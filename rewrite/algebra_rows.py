@@ -1,7 +1,8 @@
 """Equations of losses over classes that read rows of logits, however those are laid out, chosen and put in order.
 
 rows(z, steps) is z with its leading dimensions flattened into one, after ``steps`` have chosen and moved some: each is the name
-of a tensor's method and its arguments, and leaves the last dimension whole; or it is named "other", and may not.
+of a tensor's method and its arguments, and leaves the last dimension whole; or it is named "other", and may not. What scales rows
+that are chosen already, or caps them by tanh, stays behind them.
 """
 
 from __future__ import annotations
@@ -56,6 +57,22 @@ def over_rows_of_matrices(v: View, at: Site, x: Any, *options: Any) -> Expr | No
     return v.intern(at.op, (read, *options), at.node) if at.op != "nll_loss" or read.op == "log_softmax" else None
 
 
+@equation("getitem")
+def part_of_permuted(v: View, at: Site, x: Any, index: Any) -> Expr | None:
+    """permuted(z)[slices] = permuted(z[slices])  where not the last dimension of z is put last"""
+    inner, order = permutation(x) if not v.pattern else (x, None)
+    items = index if isinstance(index, tuple) else (index,)
+    if order is None or order[-1] == len(order) - 1 or not all(isinstance(i, slice) or i is Ellipsis for i in items):
+        return None
+    whole = [slice(None)] * (len(order) - sum(i is not Ellipsis for i in items))
+    before = items.index(Ellipsis) if Ellipsis in items else len(items)
+    moved = [*items[:before], *whole, *items[before + 1 :]]
+    slices = [moved[order.index(d)] for d in range(len(order))]
+    while slices and slices[-1] == slice(None):
+        slices.pop()
+    return v.intern("permuted", (v.intern("getitem", (inner, tuple(slices))), order), at.node)
+
+
 @equation("view", "flatten")
 def rows_of_log_probabilities(v: View, at: Site, x: Any, *shape: Any) -> Expr | None:
     """log_softmax(x) flattened to rows is the log_softmax of rows."""
@@ -78,15 +95,39 @@ def rows_of(v: View, x: Any) -> Expr:
     while (taken := _step(inner)) is not None:
         inner, step = strip_casts(taken[0], only_widening=False), taken[1]
         steps += [] if step[0] == "permute" and step[1] == (*range(len(step[1])),) else [step]
+    if (scaled := _scaled_rows(v, inner)) is not None:
+        return _then(v, scaled, steps)
     if inner.op != "log_softmax" or inner.args[1] != -1:
         return v.intern("rows", (inner, _in_order(steps)), whole.node)
     if any(step[0] == "other" for step in steps):
         return v.intern("rows", (whole, ()), whole.node)
-    read = rows_of(v, inner.args[0])
-    if read.op == "rows":
-        between = [FLAT] if op_of(inner.args[0], "rows") else []
-        read = v.intern("rows", (read.args[0], _in_order([*steps, *between, *reversed(read.args[1])])))
+    between = [FLAT] if op_of(inner.args[0], "rows") else []
+    read = _then(v, rows_of(v, inner.args[0]), [*steps, *between])
     return v.intern("log_softmax", (read, -1))  # of rows, which are no node of the graph
+
+
+def _scaled_rows(v: View, x: Expr) -> Expr | None:
+    """``x`` as rows times one number, or their tanh, if it is that of rows that ``steps`` chose."""
+    pairs = (x.args, x.args[::-1]) if x.op == "mul" else ((x.args[0], None),) if x.op == "tanh" else ()
+    for y, factor in pairs:
+        inner = strip_casts(y, only_widening=False)
+        if isinstance(inner, Expr) and (factor is None or _is_scalar(factor)):
+            read = rows_of(v, inner) if _step(inner) or inner.op in ("rows", "mul", "tanh") else None
+            if read is not None and (read.op in ("mul", "tanh") or (read.op == "rows" and read.args[0] is not inner)):
+                return v.intern(x.op, (read,) if factor is None else (read, factor))
+    return None
+
+
+def _is_scalar(x: Any) -> bool:
+    x = x.args[0] if isinstance(x, Expr) and x.op == "reciprocal" else x
+    return is_number(x) or rank(x) == 0 or shape_of(x) == (1,)
+
+
+def _then(v: View, read: Expr, steps: list[Step]) -> Expr:
+    """``read``, whose rows were chosen by ``steps`` too, the last of which comes first."""
+    if read.op == "rows":
+        return v.intern("rows", (read.args[0], _in_order([*steps, *reversed(read.args[1])])))
+    return v.intern(read.op, (_then(v, read.args[0], steps), *read.args[1:])) if read.op in ("mul", "tanh") else read
 
 
 def _in_order(steps: list[Step]) -> tuple[Step, ...]:

@@ -73,6 +73,7 @@ spellings = st.fixed_dictionaries(
         "linear": st.sampled_from(sorted(LINEARS)),
         "scaled": st.sampled_from(sorted(SCALED)),
         "capped": st.sampled_from(sorted(CAPPED)),
+        "behind": st.booleans(),
         "shifted": st.sampled_from(sorted(SHIFTED)),
         "loss": st.sampled_from(sorted(LOSSES)),
         "labels": st.sampled_from(sorted(LABELS)),
@@ -90,8 +91,9 @@ def spelt(s: dict[str, Any]) -> Any:
     def loss(x: Any, w: Any, b: Any, t: Any, scale: Any) -> Any:
         z = LINEARS[s["linear"]](x, w, b)
         z = z.float() if s["widen"] == "logits" else z
-        z = CAPPED[s["capped"]](SCALED[s["scaled"]](z, scale))
+        z = z if s["behind"] else CAPPED[s["capped"]](SCALED[s["scaled"]](z, scale))
         read, labels = SHIFTED[s["shifted"]](z, t)
+        read = CAPPED[s["capped"]](SCALED[s["scaled"]](read, scale)) if s["behind"] else read
         found = LOSSES[s["loss"]](read.float() if s["widen"] == "last" else read, labels)
         return {"loss": found, "logits": (found, z), "wide logits": (found, z.float())}[s["returned"]]
 

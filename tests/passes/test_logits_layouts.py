@@ -33,6 +33,7 @@ def after_last(z: Any, t: Any) -> Any:
 
 LAYOUTS = {
     "transposed": lambda z, t: F.cross_entropy(z.transpose(1, 2), t),
+    "transposed, then a part": lambda z, t: F.cross_entropy(z.transpose(1, 2)[..., :-1], t[:, 1:]),
     "one loss a label": lambda z, t: F.cross_entropy(z.transpose(1, 2), t, reduction="none"),
     "one loss a label, masked": lambda z, t: (
         (F.cross_entropy(z.mT, t, reduction="none") * (t != -100)).sum() / (t != -100).sum()

@@ -52,6 +52,8 @@ SCALES = {
     "multiplied and divided": lambda x, a, b, p: p(p(x, a), b) * 16 / 3,
     "divided between": lambda x, a, b, p: p(p(x, a) / 3, b),
     "divided before": lambda x, a, b, p: p(p(x / 3, a), b),
+    "the first factor": lambda x, a, b, p: p(p(x, a * 0.5), b),
+    "the second factor": lambda x, a, b, p: p(p(x, a), b / -4),
     "tensor": lambda x, a, b, p: p(p(x, a), b) * a.new_full((), 0.5),
     "tensor between": lambda x, a, b, p: p(a.new_full((), 0.5) * p(x, a), b),
     "tensor before": lambda x, a, b, p: p(p(x * a.new_full((), 0.5), a), b),

@@ -161,15 +161,20 @@ def test_a_label_out_of_range_is_an_error_as_before() -> None:
 
 
 COUNTED = {
-    "log_softmax": lambda z, rows, t: -z.log_softmax(-1)[rows, t].mean(),
-    "difference": lambda z, rows, t: (z.logsumexp(-1) - z[rows, t]).sum(),
+    "log_softmax": lambda z, t: -z.view(-1, CLASSES).log_softmax(-1)[here(z, torch.arange, 6), t.view(-1)].mean(),
+    "difference": lambda z, t: (
+        (y := z.view(-1, CLASSES)).logsumexp(-1) - y[here(z, torch.arange, 6), t.view(-1)]
+    ).sum(),
+    "three dimensions": lambda z, t: (
+        -z.log_softmax(-1)[here(z, torch.arange, 2)[:, None], here(z, torch.arange, 3), t].mean()
+    ),
 }
 
 
 @pytest.mark.parametrize("name", COUNTED)
 def test_labels_below_zero_count_from_the_end_where_they_did(name: str) -> None:
     def loss(x: Any, w: Any, t: Any) -> Any:
-        return COUNTED[name](F.linear(x, w).view(-1, CLASSES), here(x, torch.arange, 6), t.view(-1))
+        return COUNTED[name](F.linear(x, w), t)
 
     inputs = {"x": normal(0, 2, 3, HIDDEN, grad=True), "w": normal(1, CLASSES, HIDDEN, grad=True)}
     module, _ = check(loss, inputs | {"t": torch.tensor([[3, -1, 0], [-10, 5, 9]])}, RULES, count=1, verify=True)
@@ -206,6 +211,7 @@ OWN = {
     "log_softmax, kept": lambda z, t: -F.log_softmax(z, -1).gather(2, t[..., None])[..., 0],
     "one-hot": lambda z, t: -(F.one_hot(t, CLASSES) * z.log_softmax(-1)).sum(-1),
     "rows": lambda z, t: -z.flatten(0, 1).log_softmax(-1)[torch.arange(t.numel()), t.flatten()].view_as(t),
+    "places": lambda z, t: -z.log_softmax(-1)[torch.arange(len(t))[:, None], torch.arange(t.shape[1])[None], t],
 }
 
 

@@ -149,6 +149,7 @@ NEAR = {
     "no keepdim": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).mean(-1) + EPS) * w,
     "eps is a tensor": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * w,
     "normalized by 1, not by the root of the size": lambda x, y, w, e: F.normalize(x, dim=-1) * w,
+    "a length by another root": lambda x, y, w, e: x / x.norm(dim=-1, keepdim=True) * w * 3**0.5,
     "normalized by another norm": lambda x, y, w, e: F.normalize(x, p=1.0, dim=-1) * 2.0 * w,
     "library, two dimensions": lambda x, y, w, e: F.rms_norm(x, (4, 4), None, EPS) * w,
 }
@@ -184,6 +185,9 @@ LIBRARY = {
     "normalize, 1 + w": lambda x, w: F.normalize(x, p=2, dim=-1, eps=EPS) * 8**0.5 * (w + 1),
     "norm": lambda x, w: x / (x.norm(2, dim=-1, keepdim=True) * 8**-0.5 + EPS) * w,
     "norm over root": lambda x, w: w * (x / (torch.linalg.vector_norm(x, dim=-1, keepdim=True) / 8**0.5 + EPS)),
+    "root behind the weight": lambda x, w: x / x.norm(2, -1, keepdim=True).clamp_min(EPS) * w * 8**0.5,
+    "root in front": lambda x, w: 8**0.5 * x / (x.norm(dim=-1, keepdim=True) + EPS) * w,
+    "normalize, root behind the weight": lambda x, w: F.normalize(x, dim=-1) * w * 8**0.5,
     "vecdot": lambda x, w: x * torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) / 8 + EPS) * w,
     "sum": lambda x, w: x * w / torch.sqrt((x * x).sum(-1, keepdim=True) * (1 / 8) + EPS),
 }

@@ -82,7 +82,7 @@ MEANINGS: dict[str, Callable[..., Any]] = {
     "from_complex": lambda z: torch.view_as_real(z).flatten(-2),
     "real": torch.real, "imag": torch.imag, "complex": torch.complex,
     "cat": torch.cat, "stack": torch.stack, "roll": torch.roll,
-    "rows": rows_chosen, "permuted": torch.permute,
+    "rows": rows_chosen, "permuted": torch.permute, "getitem": lambda x, index: x[index],
     "picked": lambda x, index, how, smoothing: (
         ((1 - smoothing) * x.gather(-1, index.reshape(-1, 1) % x.shape[-1]) + smoothing * x.mean(-1, keepdim=True))
         .view(index.shape[:-1] if how == "squeezed" else index.shape)
@@ -99,7 +99,7 @@ def meaning(expr: Any, values: dict[fx.Node, Any]) -> Any:
         return type(expr)(meaning(e, values) for e in expr)
     if not isinstance(expr, Expr):
         return expr
-    if expr.op in MEANINGS:
+    if expr.op in MEANINGS and (expr.node is None or expr.op != "getitem"):  # lists are tuples in an expression
         return MEANINGS[expr.op](*(meaning(a, values) for a in expr.args))
     assert expr.node is not None
     return values[expr.node]

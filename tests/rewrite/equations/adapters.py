@@ -52,6 +52,12 @@ EQUAL: Cases = {
             lambda x, s, p, q: F.linear(x, s) - x @ p.T @ q.T * 0.5,
         ),
     ],
+    "scaled_factor": [
+        (lambda x, p, q: F.linear(F.linear(x, p * 0.5), q), lambda x, p, q: F.linear(F.linear(x, p), q) * 0.5),
+        (lambda x, p, q: x @ (2 * p.T) @ q.T, lambda x, p, q: F.linear(F.linear(x, p), q) * 2),
+        (lambda x, p, q: F.linear(x @ p.T, q / 4), lambda x, p, q: F.linear(F.linear(x, p), q) / 4),
+        (lambda x, p, q: F.linear(x, p * 0.5) @ (q.T * -3), lambda x, p, q: F.linear(F.linear(x, p), q) * -1.5),
+    ],
     "bias_of_an_adapter": [
         (
             lambda x, s, p, q, b: F.linear(F.linear(x, p), q, b) + F.linear(x, s),

@@ -21,6 +21,10 @@ EQUAL: Cases = {
             lambda x, k: x.view(6, 6)[here(x, torch.arange, 6), k.view(6)],
             lambda x, k: x.reshape(-1, 6)[here(x, torch.arange, 0, 6), k.view(6)],
         ),
+        (
+            lambda x, k: x[here(x, torch.arange, 2)[:, None], here(x, torch.arange, 3), k[..., 0]],
+            lambda x, k: x[here(x, torch.arange, 2).view(2, 1), here(x, torch.arange, 0, 3).unsqueeze(0), k[..., 0]],
+        ),
     ],
     "picked_without_its_dimension": [
         (lambda x, k: x.gather(-1, k).squeeze(2), lambda x, k: x.gather(-1, k)[..., 0]),

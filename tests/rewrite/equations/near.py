@@ -35,6 +35,10 @@ NEAR: dict[str, Callable[..., Any]] = {
         (x * y - x.mean(-1, True) * x) + (x * y - y * x.mean(1, True)) + (x * y + (y - y.mean(-1, True) * y))
         + torch.sub(x * y, y * x.mean(-1, True), alpha=2) + (x * y - 2 * y * x.mean(-1, True)) + (x - x.mean(-1, True))
     ),
+    "other lengths": lambda x, y: (
+        x / x.norm(dim=-1, keepdim=True) * 2 + x / x.norm(dim=1, keepdim=True) * 6**0.5
+        + x * (x.sum(-1, True) + 9).rsqrt() * 6**0.5 + x / (x.norm(dim=-1, keepdim=True) + y) * 6**0.5
+    ),
     "groups of others": lambda x, m: F.group_norm(x.mT, 1).sum() + F.group_norm(m, 2) + F.group_norm(m[..., None], 1)[..., 0],
     "moments of a norm": lambda x: torch.native_layer_norm(x, (6,), None, None, 1e-3)[1] + x,
     "dot products over another dimension": lambda x, y: (
@@ -78,6 +82,11 @@ NEAR: dict[str, Callable[..., Any]] = {
         + x.view(6, 6)[here(x, torch.arange, 5, -1, -1), k.view(6)] + x.view(6, 6)[k.view(6), here(x, torch.arange, 6)]
         + x[0][here(x, torch.arange, 3), :6].sum() + x[0][here(x, torch.arange, 2), k[0, :1, 0]].sum()
         + x.view(6, 6)[here(x, torch.arange, 6), k.view(6).int()] + x.view(3, 12)[here(x, torch.arange, 3), -k[0, :, 0]].sum()
+    ),
+    "picked at other places": lambda x, k: (
+        x[here(x, torch.arange, 2)[:, None], k[..., 0] % 3, k[..., 0]] + x[k[..., 0] % 2, here(x, torch.arange, 3), k[..., 0]]
+        + x[:, :2][here(x, torch.arange, 2), here(x, torch.arange, 2)[:, None], k[:, :2, 0]].sum()
+        + x[here(x, torch.arange, 2)[:1, None], here(x, torch.arange, 3), k[..., 0]]
     ),
     "products with other encodings": lambda x, k: (
         (F.one_hot(k[..., 0], 6) * x).sum(-1, keepdim=True) + (F.one_hot(k[..., 0], 6) * x).sum(1, keepdim=True)
@@ -127,6 +136,11 @@ NEAR: dict[str, Callable[..., Any]] = {
         + x.transpose(0, 1).log_softmax(0).view(6, 6) + x.log_softmax(-1)[:, [2, 0]].sum() + x.log_softmax(-1)[[1, 0]].view(6, 6)
         + x.log_softmax(-1)[1, [2, 0]].sum() + x.permute(1, 2, 0)[:, :, 0].log_softmax(-1).sum()
     ),
+    "rows scaled by others": lambda x: (
+        (x[:, 1:] * x[..., :1][:, 1:]).log_softmax(-1).view(-1, 6) + (x[:, 1:] * x[0, 0]).log_softmax(-1).reshape(-1, 6)
+        + (x[:, 1:] + 1).tanh().log_softmax(-1).reshape(-1, 6)
+    ),
+    "parts of classes": lambda x: x.mT[:, 1:3].log_softmax(1).sum() + x.permute(2, 0, 1)[::2].sum(),
     "a permutation": lambda x: x.permute(1, 0, 2) @ x.permute(1, 2, 0),
     "parts of leading dimensions": lambda x: x[:1] + x[1:] * x[:, 1:2] + x[0],
     "chunks of another dimension": lambda x: x.chunk(3, 1)[2] - x.split(1, 1)[0],

@@ -15,6 +15,28 @@ EQUAL: Cases = {
             lambda x, t: F.nll_loss(x.log_softmax(-1)[:, 1:].reshape(-1, 6), t[:, 1:].flatten()),
         ),
         (lambda x: F.log_softmax(x[:, 1], -1), lambda x: x.view(2, 3, 6)[:, 1].log_softmax(1)),
+        (
+            lambda x, t: F.cross_entropy(x[:, 1:].reshape(-1, 6) / 2, t[:, 1:].flatten()),
+            lambda x, t: F.cross_entropy((0.5 * x[:, 1:]).flatten(0, 1), t[:, 1:].flatten()),
+        ),
+        (
+            lambda x: F.log_softmax((3 * torch.tanh(x[:, 1:] / 3)).reshape(-1, 6), -1),
+            lambda x: F.log_softmax((x.view(2, 3, 6)[:, 1:].flatten(0, 1) / 3).tanh() * 3, 1),
+        ),
+        (
+            lambda x: (x[:, 1:] * x[0, 0, 0]).log_softmax(-1).reshape(-1, 6),
+            lambda x: F.log_softmax(x[:, 1:].flatten(0, 1) * x[0, 0, 0], 1),
+        ),
+    ],
+    "part_of_permuted": [
+        (
+            lambda x, t: F.cross_entropy(x.transpose(1, 2)[..., :-1], t[:, 1:]),
+            lambda x, t: F.cross_entropy(x.movedim(-1, 1)[:, :, :-1], t[:, 1:]),
+        ),
+        (
+            lambda x, t: F.cross_entropy(x.permute(1, 2, 0)[1:], t.t()[1:]),
+            lambda x, t: F.cross_entropy(x[:, 1:].permute(1, 2, 0), t.t()[1:]),
+        ),
     ],
     "over_rows_of_matrices": [
         (
