@@ -19,7 +19,7 @@ from ..kernels.linear_cross_entropy import linear_cross_entropy
 from ..rewrite.errors import DroppedOutputError
 from ..rewrite.graph import dtype_of, sizes
 from ..rewrite.match import Match
-from ..rewrite.pattern import picked, rows
+from ..rewrite.pattern import columns, picked, rows
 from ..rewrite.report import Refusal
 from ..rewrite.rule import RewriteRule, call
 from ..rewrite.vocabulary import operation
@@ -32,7 +32,7 @@ NONE_IGNORED = -(2**62)
 
 @dataclass(frozen=True)
 class FuseLinearCrossEntropy(RewriteRule):
-    """cross_entropy(x Wᵀ + b, t)  →  linear_cross_entropy(x, W, b, t)
+    """cross_entropy(x Wᵀ + b, t)  →  linear_cross_entropy(x, W, b, t), and of x W likewise
 
     ``logits`` says what becomes of logits that the model returns beside the loss: computed when they are read
     (``"defer"``), kept, which leaves the loss as it was (``"keep"``), or replaced by an explanation (``"drop"``).
@@ -42,6 +42,7 @@ class FuseLinearCrossEntropy(RewriteRule):
 
     name = "linear_cross_entropy"
     variants = {
+        "by": ("rows", "columns"),
         "tempered": ("", "times", "over"),
         "scaled": (False, True),
         "capped": (False, True),
@@ -52,7 +53,7 @@ class FuseLinearCrossEntropy(RewriteRule):
     def pattern(
         self, x: Any, w: Any, b: Any, t: Any, temperature: Any, scale: Any, cap: Any, steps: Any,
         class_weight: Any, ignore_index: Any, reduction: Any, smoothing: Any, how: Any,
-        *, tempered: str, scaled: bool, capped: bool, behind: bool, loss: str,
+        *, by: str, tempered: str, scaled: bool, capped: bool, behind: bool, loss: str,
     ) -> Any:  # fmt: skip
         """Logits, and rows of them, however chosen; either are scaled and capped, or not."""
         if behind and not (tempered or scaled or capped):
@@ -63,7 +64,7 @@ class FuseLinearCrossEntropy(RewriteRule):
             z = z * scale if scaled else z
             return torch.tanh(z) * cap if capped else z
 
-        z = F.linear(x, w, b)
+        z = F.linear(x, w, b) if by == "rows" else columns(x, w, b)
         z = z if behind else adjusted(z)
         read = adjusted(rows(z, steps)) if behind else rows(z, steps)
         if loss in ("picked", "lost"):
@@ -104,6 +105,7 @@ class FuseLinearCrossEntropy(RewriteRule):
         reduction: Any, smoothing: Any, **_: Any,
     ) -> Any:  # fmt: skip
         """The fused loss, and logits that are computed when they are read, adjusted or not as the model's are."""
+        w = w if m.by == "rows" else w.t()
         untouched = x, w, b
         if m.tempered:  # the temperature may be learned: autograd takes its gradient from that of x
             x, b = _tempered(x, m.x, temperature, m), None if b is None else _tempered(b, m.b, temperature, m)
@@ -114,7 +116,7 @@ class FuseLinearCrossEntropy(RewriteRule):
         if by_hand:
             ignore_index, reduction = NONE_IGNORED, "none"
         if m.how == "counted":
-            labels = labels + (labels < 0) * sizes(m.w)[0]
+            labels = labels + (labels < 0) * _classes(m)
         loss = call(
             linear_cross_entropy, read.reshape(-1, sizes(m.x)[-1]), w, b, labels, ignore_index=ignore_index,
             label_smoothing=float(smoothing or 0.0), softcap=cap, logit_scale=scale, reduction=reduction,
@@ -180,8 +182,12 @@ def _other_readers(m: Match) -> list[fx.Node]:
     return readers
 
 
+def _classes(m: Match) -> Any:
+    return sizes(m.w)[0 if m.by == "rows" else 1]
+
+
 def _is_logits(node: fx.Node, m: Match) -> bool:
     """Whether ``node`` holds a value for every class."""
-    classes = sizes(m.w)[0]  # a symbolic size is none of classes, and to compare it would be a guard
+    classes = _classes(m)  # a symbolic size is none of classes, and to compare it would be a guard
     held = isinstance(classes, int) and classes in [s for s in sizes(node) if isinstance(s, int)]
     return held and bool((dtype_of(node) or torch.int).is_floating_point) and node not in m.inputs()

@@ -24,6 +24,8 @@ LINEARS = {
     "bias": lambda x, w, b: F.linear(x, w, b),
     "@": lambda x, w, b: x @ w.t(),
     "@ and bias": lambda x, w, b: torch.matmul(x, w.T) + b,
+    "by columns": lambda x, w, b: x @ w.view(HIDDEN, CLASSES),
+    "by columns, bias": lambda x, w, b: x.matmul(w.reshape(HIDDEN, CLASSES)) + b,
 }
 SCALED = {
     "not": lambda z, s: z,
