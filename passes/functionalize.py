@@ -21,7 +21,10 @@ _OPERATORS: dict[Any, Any] = {
     operator.itruediv: operator.truediv,
     operator.ipow: operator.pow,
 }
-_METHODS = frozenset(("add", "sub", "mul", "div", "clamp", "clamp_min", "relu", "pow", "neg", "masked_fill"))
+_METHODS = frozenset((
+    "add", "sub", "mul", "div", "addcmul", "pow", "square", "sqrt", "rsqrt", "reciprocal", "neg", "abs", "exp", "log",
+    "clamp", "clamp_min", "clamp_max", "relu", "sigmoid", "tanh", "erf", "masked_fill",
+))  # fmt: skip
 
 
 @dataclass(frozen=True)

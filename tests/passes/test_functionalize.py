@@ -82,6 +82,8 @@ SAFE: dict[str, Callable[[Any, Any], Any]] = {
     "activation": lambda x, y: F.relu(x * 2, inplace=True) + y,
     "positional": lambda x, y: F.silu(x + y, True),
     "function": lambda x, y: torch.relu_(torch.clamp_min_(x * 2, -1.0)) + y,
+    "roots and curves": lambda x, y: (x * 2).square_().add_(1.0).sqrt_().rsqrt_().log_().abs_().exp_().neg_() + y,
+    "gates": lambda x, y: (x * 2).sigmoid_().erf_().reciprocal_().tanh_().clamp_max_(0.9).addcmul_(x, y, value=2.0),
     "read before": lambda x, y: _before(x, y),
     "chain": lambda x, y: (x * 2).mul_(y).add_(1.0).clamp_(min=0.0),
 }

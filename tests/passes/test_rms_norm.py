@@ -57,6 +57,7 @@ FACTORS = {
     "rsqrt(m)": torch.rsqrt,
     "in place": lambda m: m.add_(EPS).rsqrt(),
     "+= in place": lambda m: record(operator.iadd, m, EPS).rsqrt(),
+    "root, overwritten": lambda m: (m + EPS).rsqrt_(),
 }
 WEIGHTS = {
     "none": None,
