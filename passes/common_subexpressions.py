@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import fx
 
+from ..rewrite import effects
 from ..rewrite import graph as g
 from ..rewrite.driver import Outcome, Verifier
 from ..rewrite.vocabulary import is_in_place
@@ -23,10 +24,14 @@ class CommonSubexpressions:
         nodes = list(module.graph.nodes)
         if any(is_in_place(n) for n in nodes):
             return Outcome()
-        contexts, first = g.context_of(module.graph), dict[Any, fx.Node]()
-        returned = set[fx.Node]().union(*(g.storage_roots(n) for n in nodes[-1].all_input_nodes))
+        contexts, first = effects.context_of(module.graph), dict[Any, fx.Node]()
+        returned = set[fx.Node]().union(*(effects.storage_roots(n) for n in nodes[-1].all_input_nodes))
         for node in nodes:
-            if node.op not in ("call_function", "call_method") or not g.is_pure(node) or g.tensor_of(node) is None:
+            if (
+                node.op not in ("call_function", "call_method")
+                or not effects.is_pure(node)
+                or g.tensor_of(node) is None
+            ):
                 continue
             if node in returned:  # the caller may write into one of two results, and not see it in the other
                 continue

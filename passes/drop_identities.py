@@ -10,6 +10,7 @@ from typing import Any
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from ..rewrite import effects
 from ..rewrite import graph as g
 from ..rewrite.bounds import is_false, upper_bound
 from ..rewrite.change import describe, laid_out
@@ -33,7 +34,7 @@ class DropIdentities:
         for node in list(module.graph.nodes):
             if is_in_place(node) and (target := _same(node)) is not None:  # it writes what is there
                 _drop(node, target)
-        written, nodes = g.written_to(module.graph), list(module.graph.nodes)
+        written, nodes = effects.written_to(module.graph), list(module.graph.nodes)
         for node in nodes:
             same = None if is_in_place(node) else _same(node)
             if same is not None and (operation(node) == "dropout" or _is_alone(node, same, written, nodes[-1])):
@@ -45,10 +46,10 @@ def _is_alone(node: fx.Node, same: fx.Node, written: set[fx.Node], output: fx.No
     """Whether nobody can tell that the two are one: neither is written to here; nor by who is given one, unless he has the only
     one, which is no input's memory, nor a part of something larger that would be kept with it. So it is in training with keys and
     values that are joined to an empty cache and stay there; where one generates, the next step expects them as they lay."""
-    roots = g.storage_roots(same)
+    roots = effects.storage_roots(same)
     if written & {node, *roots}:
         return False
-    given = [g.storage_roots(n) for n in output.all_input_nodes]
+    given = [effects.storage_roots(n) for n in output.all_input_nodes]
     shared = [r for r in given if r & roots]
     if not shared and not any(node in r for r in given):
         return True
@@ -90,7 +91,7 @@ def _nothing(_: fx.Node) -> fx.Node | None:
 
 def _of_dropout(node: fx.Node) -> fx.Node | None:
     x = node.args[0] if node.args else None
-    return x if isinstance(x, fx.Node) and g.is_idle_dropout(node) else None
+    return x if isinstance(x, fx.Node) and effects.is_idle_dropout(node) else None
 
 
 def _of_slice(node: fx.Node) -> fx.Node | None:

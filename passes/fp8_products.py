@@ -16,6 +16,7 @@ from ..kernels.parallel_linears import parallel_linears
 from ..kernels.quant_linear import quant_linear
 from ..kernels.residual_rms_norm import residual_rms_norm
 from ..quant.layout import Layout
+from ..rewrite import effects
 from ..rewrite import graph as g
 from ..rewrite.capture import parameter_name
 from ..rewrite.change import Change, commit, describe
@@ -77,7 +78,7 @@ class Fp8Products:
         measured, problem = (None, "") if verifier is None else measure(module, change, products, verifier)
         path, place = _path(node, products), g.source(node)
         if problem:
-            g.erase_dead(change.new)
+            effects.erase_dead(change.new)
             outcome.refusals.append(Refusal(self.name, path, place, f"replay: {problem}"))
             return
         share, error = (None, None) if measured is None else (measured.share, measured.relative)

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import fx
 
+from ..rewrite import effects
 from ..rewrite import graph as g
 from ..rewrite.change import fake_run
 from ..rewrite.driver import Outcome, Verifier
@@ -49,7 +50,7 @@ def _is_safe(node: fx.Node) -> bool:
     target = node.args[0] if node.args else None
     if not isinstance(target, fx.Node) or _functional(node) is None:
         return False
-    if g.storage_roots(target) != {target} or target.op not in ("call_function", "call_method"):
+    if effects.storage_roots(target) != {target} or target.op not in ("call_function", "call_method"):
         return False
     same_type = g.dtype_of(target) == g.dtype_of(node) and g.sizes(target) == g.sizes(node)
     return same_type and not any(_aliases(user, target, node) for user in target.users if user is not node)
@@ -58,7 +59,9 @@ def _is_safe(node: fx.Node) -> bool:
 def _aliases(user: fx.Node, target: fx.Node, node: fx.Node) -> bool:
     """Whether ``user`` may hand out ``target``'s memory: a view of it, or a write before. Whatever reads ``target`` itself
     after ``node``, the graph's output included, is given the result."""
-    return user.op != "output" and (target in g.storage_roots(user) or (is_in_place(user) and g.before(user, node)))
+    return user.op != "output" and (
+        target in effects.storage_roots(user) or (is_in_place(user) and g.before(user, node))
+    )
 
 
 def _functional(node: fx.Node) -> tuple[str, Any, dict[str, Any]] | None:

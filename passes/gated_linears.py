@@ -12,11 +12,13 @@ from torch.fx.proxy import GraphAppendingTracer
 from ..kernels.gated_activation import gated_activation
 from ..kernels.gated_linears import gated_linears
 from ..kernels.parallel_linears import parallel_linears
+from ..rewrite import effects
 from ..rewrite import graph as g
 from ..rewrite.change import Change, commit, describe
 from ..rewrite.driver import Outcome, Verifier, examined
 from ..rewrite.report import Refusal, Rewrite
 from ..rewrite.rule import call
+from ..rewrite.vocabulary import is_in_place
 
 
 @dataclass(frozen=True)
@@ -85,4 +87,4 @@ def _parts(node: fx.Node) -> list[fx.Node]:
 
 def _forbids(node: fx.Node) -> bool:
     """Whether a product may not be computed after ``node`` instead of before."""
-    return g.is_in_place(node) or g.is_context(node) or g.is_random(node)
+    return is_in_place(node) or effects.is_context(node) or effects.is_random(node)

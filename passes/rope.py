@@ -10,12 +10,13 @@ from torch import Tensor, fx
 from torch.fx.proxy import GraphAppendingTracer
 
 from ..kernels.rope import rope, rope_single
+from ..rewrite.effects import is_context
 from ..rewrite.graph import (
     before,
     dtype_of,
     fixed_size,
     hint,
-    is_context,
+    position,
     requires_grad,
     settled,
     sizes,
@@ -191,7 +192,7 @@ def _sine(m: Match) -> Any:
     factors, options = _sine_factors(m), {"back": m.back}
     is_it = lambda u: u.target is unsigned and set(u.args) == set(factors) and u.kwargs == options  # noqa: E731
     proxies = [fx.Proxy(f, GraphAppendingTracer(f.graph)) for f in factors]
-    return _once(m, max(factors, key=lambda n: n._sort_key), is_it, lambda: call(unsigned, *proxies, **options))
+    return _once(m, max(factors, key=position), is_it, lambda: call(unsigned, *proxies, **options))
 
 
 def _negative(m: Match, sin: Any) -> Any:
@@ -204,7 +205,7 @@ def _once(m: Match, table: fx.Node, is_it: Callable[[fx.Node], bool], make: Call
     known = [u for u in table.users if is_it(u) and u not in m.nodes and before(u, m.root)]
     if known:
         return fx.Proxy(known[0], GraphAppendingTracer(table.graph))
-    first = min((u for u in table.users if u.op != "output"), key=lambda n: n._sort_key)
+    first = min((u for u in table.users if u.op != "output"), key=position)
     if any(is_in_place(n) or is_context(n) for n in table.graph.nodes):
         return make()
     with table.graph.inserting_before(first):

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import fx
 
+from ..rewrite import effects
 from ..rewrite import graph as g
 from ..rewrite.change import describe
 from ..rewrite.driver import Outcome, Verifier
@@ -26,9 +27,9 @@ class SplitOnce:
 
     def run(self, module: fx.GraphModule, verifier: Verifier | None) -> Outcome:
         """Where the slices are all of a dimension, once each, and nobody writes into what they show."""
-        written = g.written_to(module.graph)
+        written = effects.written_to(module.graph)
         for node in list(module.graph.nodes):
-            if not written & g.storage_roots(node):
+            if not written & effects.storage_roots(node):
                 _split(node)
                 _turn_parts(node)
         return Outcome()
@@ -41,7 +42,7 @@ def _split(x: fx.Node) -> None:
         bounds = [0, *(stop for *_, stop in parts)]
         if len(parts) < 2 or [start for _, _, start, _ in parts] != bounds[:-1] or bounds[-1] != g.static_size(x, dim):
             continue
-        first = min((user for user, *_ in parts), key=lambda n: n._sort_key)
+        first = min((user for user, *_ in parts), key=g.position)
         with x.graph.inserting_before(first):
             made = x.graph.call_method("split", (x, [stop - start for _, _, start, stop in parts], dim))
         describe(made, first)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from torch import fx
 
+from ..rewrite import effects
 from ..rewrite import graph as g
 from ..rewrite.change import describe
 from ..rewrite.expr import Expr, View
@@ -40,7 +41,7 @@ def join_writes(graph: fx.Graph) -> None:
 
     Only where the writes are all that happens to y until all of it is written, and may as well happen together, at the last.
     """
-    contexts = g.context_of(graph)
+    contexts = effects.context_of(graph)
     for node in list(graph.nodes):
         if node.op not in ("call_function", "call_method") or operation(node) not in _MAKERS or is_in_place(node):
             continue
@@ -53,7 +54,7 @@ def _first_writes(made: fx.Node) -> list[_Write]:
     """In order, the writes that fill ``made`` before anything else reads it; none where it is not filled so."""
     size, found, filled = g.static_size(made), list[_Write](), set[int]()
     events = [(write.at if write else user, write) for user in made.users for write in (_write(made, user),)]
-    for _, write in sorted(events, key=lambda event: event[0]._sort_key):
+    for _, write in sorted(events, key=lambda event: g.position(event[0])):
         if write is None or not write.elements or len(found) == _MOST or not filled.isdisjoint(write.elements):
             return []
         found.append(write)
@@ -110,9 +111,9 @@ def _may_wait(made: fx.Node, writes: list[_Write]) -> bool:
         return False
     if g.requires_grad(made) and not any(g.requires_grad(w.value) for w in writes):
         return False
-    read = set[fx.Node]().union(*(g.storage_roots(w.value) for w in writes))
+    read = set[fx.Node]().union(*(effects.storage_roots(w.value) for w in writes))
     between = (n for n in made.graph.nodes if g.before(first, n) and g.before(n, last) and n not in written_to)
-    return made not in read and not any(read & g.overwritten(n) for n in between)
+    return made not in read and not any(read & effects.overwritten(n) for n in between)
 
 
 def _replace(graph: fx.Graph, made: fx.Node, writes: list[_Write]) -> None:

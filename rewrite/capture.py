@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import effects
 from . import graph as g
 from .alike import Alias
 from .blocks import BlockGraph
@@ -117,7 +118,7 @@ class Session:
         """Dynamo's backend: rewrite ``module``. Never fails: what cannot be rewritten runs as captured, and is reported."""
         started = time.perf_counter()
         record = GraphRecord(RegionRecord([], rung))
-        anchors, writes = find_anchors(module), g.written_inputs(module.graph)
+        anchors, writes = find_anchors(module), effects.written_inputs(module.graph)
         function: Callable[..., Any] = module.forward
         original = _copy(module.graph)
         try:

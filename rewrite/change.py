@@ -11,6 +11,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.proxy import GraphAppendingTracer
 
+from . import effects
 from . import graph as g
 from .match import Match
 from .memory_order import order_is_seen
@@ -35,7 +36,7 @@ def insertion_point(match: Match) -> fx.Node:
     inside = set(match.nodes)
     holders = [*match.outputs, *_after_outputs(match.nodes, match.outputs[1:])]
     readers = [u for o in holders for u in o.users if u not in inside]
-    return min((match.root, *readers), key=lambda n: n._sort_key)
+    return min((match.root, *readers), key=g.position)
 
 
 def _after_outputs(nodes: list[fx.Node], outputs: tuple[fx.Node, ...]) -> list[fx.Node]:
@@ -129,8 +130,8 @@ def commit(change: Change) -> tuple[int, int, int]:
     late = _after_outputs(change.old, change.old_outputs[1:])
     for old, new in zip(change.old_outputs, change.new_outputs, strict=True):
         old.replace_all_uses_with(new, propagate_meta=False)
-    sizes = {n: g.tensor_bytes(n) for n in change.old if g.is_pure(n) and not _is_view(n)}
-    removed = g.erase_dead(change.old)
+    sizes = {n: g.tensor_bytes(n) for n in change.old if effects.is_pure(n) and not _is_view(n)}
+    removed = effects.erase_dead(change.old)
     for node in reversed([n for n in late if not n._erased]):
         change.new[-1].append(node)  # it survives, for a reader of its own, and reads a result that stands later now
     gone = sum(size for node, size in sizes.items() if node._erased)
@@ -139,4 +140,4 @@ def commit(change: Change) -> tuple[int, int, int]:
 
 
 def _is_view(node: fx.Node) -> bool:
-    return node.op in ("call_function", "call_method") and operation(node) in g.VIEWS - {"contiguous", "cast"}
+    return node.op in ("call_function", "call_method") and operation(node) in effects.VIEWS - {"contiguous", "cast"}

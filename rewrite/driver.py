@@ -9,6 +9,7 @@ from typing import Any, Protocol
 import torch
 from torch import fx
 
+from . import effects
 from . import graph as g
 from .change import Change, build, commit, insertion_point, type_problem
 from .expr import Expr, View
@@ -47,7 +48,7 @@ def examined(module: fx.GraphModule, change: Change, verifier: Verifier | None) 
     if problem is None and verifier is not None:
         error, problem = verifier(module, change)
     if problem is not None:
-        g.erase_dead(change.new)
+        effects.erase_dead(change.new)
     return error, problem
 
 
@@ -63,7 +64,7 @@ def _sweep(
     module: fx.GraphModule, rule: RewriteRule, verifier: Verifier | None, outcome: Outcome, refused: set[Any]
 ) -> bool:
     """One walk over the graph; whether it changed anything."""
-    view, contexts, changed = View(), g.context_of(module.graph), False
+    view, contexts, changed = View(), effects.context_of(module.graph), False
     for node in reversed(list(module.graph.nodes)):
         if node._erased:
             continue
@@ -72,7 +73,7 @@ def _sweep(
         for match in _matches(rule, view, node, miss):
             refusal = _attempt(module, rule, match, contexts, verifier, outcome)
             if refusal is None:
-                view, contexts, changed = View(), g.context_of(module.graph), True
+                view, contexts, changed = View(), effects.context_of(module.graph), True
                 break
             refusals.append(refusal)
         else:
@@ -193,7 +194,7 @@ def _illegal(rule: RewriteRule, match: Match, contexts: dict[fx.Node, Any]) -> R
     start, end = match.nodes[0], insertion_point(match)
     if len({contexts[n] for n in (*match.nodes, end) if n.op != "get_attr" and n not in match.handed_on}) > 1:
         return rule.refuse(match, "gradient or autocast mode changes between the matched operations")
-    if any(g.is_random(n) for n in match.nodes):
+    if any(effects.is_random(n) for n in match.nodes):
         return rule.refuse(match, "a random operation would be moved")
     inside = [n for n in match.root.graph.nodes if not g.before(n, start) and not g.before(match.root, n)]
     write = next((n for n in inside if _stands_between(n, match, end)), None)
@@ -214,22 +215,22 @@ def _comes_late(rule: RewriteRule, match: Match) -> Refusal | None:
 def _stands_between(write: fx.Node, match: Match, end: fx.Node) -> bool:
     """Whether ``write`` overwrites what ``match`` reads or computes, on the way from there to ``end``, where the replacement
     reads: what only operations behind it read, such as labels filled in late, is for both as it left it."""
-    written = g.overwritten(write)
+    written = effects.overwritten(write)
     if not written:
         return False
     passed = [n for n in match.nodes if not g.before(write, n) or not g.before(write, end)]  # a write reads, too
     # What hands an input on may be equal to it and yet a tensor of its own: a copy, or the same computed twice.
     known = {*match.nodes, *match.inputs()} - match.handed_on
     beside = [] if all(known.issuperset((p, *p.all_input_nodes)) for p in passed) else match.inputs()
-    touched = (g.storage_roots(n) for p in passed for n in (p, *p.all_input_nodes, *beside))
+    touched = (effects.storage_roots(n) for p in passed for n in (p, *p.all_input_nodes, *beside))
     return not written.isdisjoint(set[fx.Node]().union(*touched))
 
 
 def _overwritten_later(match: Match) -> fx.Node | None:
     """What writes, after ``match``, to a value that it reads: the original may have kept a copy, or it in another dtype."""
     read = [n for n in match.outputs if not set(match.nodes).isdisjoint(n.users)]
-    kept = set[fx.Node]().union(*(g.storage_roots(n) for n in (*match.inputs(), *read)))
-    return next((n for n in match.root.graph.nodes if g.before(match.root, n) and kept & g.overwritten(n)), None)
+    kept = set[fx.Node]().union(*(effects.storage_roots(n) for n in (*match.inputs(), *read)))
+    return next((n for n in match.root.graph.nodes if g.before(match.root, n) and kept & effects.overwritten(n)), None)
 
 
 def _replace(

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, fx
 from torch.utils._pytree import tree_map
 
-from .graph import autograd_body, storage_roots
+from .effects import storage_roots
+from .graph import autograd_body
 from .vocabulary import bind, operation, target_name
 
 SLICE = 2**25

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from .graph import before, dtype_of, is_context, is_random, sizes, value, written_to
+from .effects import is_context, is_random, written_to
+from .graph import before, dtype_of, sizes, value
 from .vocabulary import SIGNATURES, bind, is_in_place, operation
 
 

@@ -21,8 +21,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.fx.graph import _BoxedCodeGen
 from torch.utils.checkpoint import CheckpointPolicy
 
+from .effects import written_inputs
 from .gradient_sums import with_sums
-from .graph import written_inputs
 from .overwriting import Overwritten, overwritten
 from .remat import INFINITE, Operation, Problem
 from .sizes import Evaluate, is_part, storages, value_bytes

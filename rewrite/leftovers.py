@@ -171,7 +171,7 @@ class Run:
     inner: list[fx.Node]
 
     def __post_init__(self) -> None:
-        self.inside = sorted((*self.members, *self.inner), key=lambda n: n._sort_key)
+        self.inside = sorted((*self.members, *self.inner), key=g.position)
         inside = set(self.inside)
         self.inputs = list(dict.fromkeys(i for n in self.inside for i in n.all_input_nodes if i not in inside))
         self.shown = list[fx.Node]()  # views in it that are read outside: there, they are taken again, of the results

@@ -8,10 +8,12 @@ from typing import Any, ClassVar
 from torch import fx
 from torch.fx.proxy import GraphAppendingTracer
 
+from . import effects
 from . import graph as g
 from .change import Change, commit, fake_run
 from .driver import Outcome, Verifier, examined
 from .report import Refusal, Rewrite
+from .vocabulary import is_in_place
 
 
 class SiblingRule:
@@ -50,7 +52,7 @@ def apply_sibling_rule(module: fx.GraphModule, rule: SiblingRule, verifier: Veri
 
 
 def _groups(graph: fx.Graph, rule: SiblingRule) -> list[list[fx.Node]]:
-    contexts, found = g.context_of(graph), defaultdict[Any, list[fx.Node]](list)
+    contexts, found = effects.context_of(graph), defaultdict[Any, list[fx.Node]](list)
     for node in graph.nodes:
         if node.op == "call_function":
             key = rule.key(node)
@@ -117,11 +119,11 @@ def _order_problem(graph: fx.Graph, nodes: list[fx.Node], readers: list[fx.Node]
     between, moved = _between(graph, nodes), set(readers)
     if moved & set(nodes) or any(i in moved or i in nodes for i in nodes[-1].all_input_nodes):
         return "one of them reads another's result"
-    read = set[fx.Node]().union(*(g.storage_roots(i) for n in nodes[:-1] for i in n.all_input_nodes))
-    if any(g.is_in_place(n) and (moved or read & g.overwritten(n)) for n in between):
+    read = set[fx.Node]().union(*(effects.storage_roots(i) for n in nodes[:-1] for i in n.all_input_nodes))
+    if any(is_in_place(n) and (moved or read & effects.overwritten(n)) for n in between):
         return "between them a value is overwritten in place"
-    if moved and any(g.is_context(n) for n in between):
+    if moved and any(effects.is_context(n) for n in between):
         return "between them gradient or autocast mode changes"
-    if any(g.is_random(n) for n in moved) and any(g.is_random(n) for n in between if n not in moved):
+    if any(effects.is_random(n) for n in moved) and any(effects.is_random(n) for n in between if n not in moved):
         return "between them random numbers would be drawn in another order"
     return None

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from . import effects
 from . import graph as g
 from .change import Change
 from .device_memory import free_bytes
@@ -169,7 +170,7 @@ def _derived(change: Change, boundary: list[fx.Node]) -> list[fx.Node]:
         found += _computation(node, beside)
     for node in beside:  # new nodes share what another replacement made of the same inputs
         found += _computation(node, change.inputs)
-    return sorted(dict.fromkeys(found), key=lambda n: n._sort_key)
+    return sorted(dict.fromkeys(found), key=g.position)
 
 
 def _is_cast_or_negative(node: fx.Node, boundary: list[fx.Node]) -> bool:
@@ -180,7 +181,7 @@ def _computation(node: fx.Node, given: list[fx.Node]) -> list[fx.Node]:
     """The nodes that compute ``node`` from ``given`` alone; none where more is needed."""
     needed = g.backward_slice([node], given)
     known = {*needed, *given}
-    closed = all(g.is_pure(n) and known.issuperset(n.all_input_nodes) for n in needed)
+    closed = all(effects.is_pure(n) and known.issuperset(n.all_input_nodes) for n in needed)
     return needed if closed and len(needed) <= MOST_DERIVED else []
 
 
