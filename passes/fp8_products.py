@@ -18,9 +18,9 @@ from ..kernels.residual_rms_norm import residual_rms_norm
 from ..quant.layout import Layout
 from ..rewrite import effects
 from ..rewrite import graph as g
-from ..rewrite.capture import parameter_name
 from ..rewrite.change import Change, commit, describe
 from ..rewrite.driver import Outcome, Verifier
+from ..rewrite.parameters import parameter_name
 from ..rewrite.report import Asked, Refusal, Rewrite
 from ..rewrite.vocabulary import bind, operation
 from .fp8_replay import Product, measure

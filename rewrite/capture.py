@@ -24,27 +24,14 @@ from .exact import packed_weights
 from .joint import JointGraph, unseen
 from .leftovers import COMPILED, Leftovers
 from .lower import has_checkpoint, lower
+from .parameters import Anchor, find_anchors, reached_parameters
 from .pipeline import Pass, run_pipeline
 from .recompute import head_of
-from .report import GraphRecord, RegionRecord, RewriteReport
+from .report import GraphRecord, RegionRecord, RewriteReport, join
 from .step_memory import StepMemory
 from .verify import Replayer
 
 _log = logging.getLogger(__name__)
-
-DYNAMO_SETTINGS = {
-    "specialize_float": True,
-    "specialize_int": True,
-    "skip_nnmodule_hook_guards": False,
-    "recompile_limit": 256,
-    "accumulated_recompile_limit": 4096,
-    "fake_tensor_cache_enabled": False,
-}
-"""In force while one of our regions runs: constants stay constants, and no graph is dropped for being one too many.
-
-No cache of fake tensors: with symbolic sizes, making and checking an entry costs more than the shape that it spares (a sixth of
-``optimize``).
-"""
 
 
 @dataclass
@@ -120,7 +107,7 @@ class Session:
         record = GraphRecord(RegionRecord([], rung))
         anchors, writes = find_anchors(module), effects.written_inputs(module.graph)
         function: Callable[..., Any] = module.forward
-        original = _copy(module.graph)
+        original = g.copied(module.graph)
         try:
             with unseen():
                 self.rewrite(module, example_inputs, record)
@@ -186,20 +173,6 @@ class Session:
         return self.path
 
 
-@dataclass(frozen=True)
-class Anchor:
-    """A parameter among a graph's inputs: its position, and its name relative to the module whose forward the graph is."""
-
-    index: int
-    name: str
-
-
-def find_anchors(module: fx.GraphModule) -> list[Anchor]:
-    """The parameters among the inputs of ``module``."""
-    placeholders = [n for n in module.graph.nodes if n.op == "placeholder"]
-    return [Anchor(i, name) for i, n in enumerate(placeholders) if (name := parameter_name(n))]
-
-
 @dataclass
 class CapturedGraph:
     """The callable that Dynamo installs; notes which module instance runs it."""
@@ -228,17 +201,10 @@ class CapturedGraph:
     def _note(self, args: tuple[Any, ...]) -> None:
         region, path, place = self.record.region, self.session.path, self.session.place(self.anchors, args)
         self.session.keep([args[i] for i in self.writes])
-        self.session.reach(args, {f"{where}.{a.name}".lstrip(".") for a in self.anchors for where in (place, path)})
+        self.session.reach(args, {join(where, a.name) for a in self.anchors for where in (place, path)})
         for known, new in ((region.paths, path), (region.places, place)):
             if new not in known:
                 known.append(new)
-
-
-def _copy(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    output = copied.graph_copy(graph, {})
-    copied.output(output)
-    return copied
 
 
 def annotate(module: fx.GraphModule) -> None:
@@ -248,61 +214,3 @@ def annotate(module: fx.GraphModule) -> None:
             node.meta["val"] = node.meta["example_value"]
     for node in packed_weights(module.graph):
         node.meta["packed"] = True
-
-
-def parameter_name(placeholder: fx.Node) -> str:
-    """Path of the parameter that ``placeholder`` stands for, relative to the region; "" for other inputs."""
-    if "parameter_path" in placeholder.meta:
-        return placeholder.meta["parameter_path"]
-    argument = placeholder.meta.get("grapharg")
-    origin = getattr(argument, "source", None)
-    name = getattr(origin, "name", "")
-    name = name() if callable(name) else name
-    if "_parameters[" not in name:
-        return ""
-    return g.clean_path(name.replace("_modules", "").replace("_parameters", ""))
-
-
-def reached_parameters(module: fx.GraphModule) -> list[str]:
-    """Parameters of the region that one of our operators reads."""
-    found = []
-    for node in module.graph.nodes:
-        if node.op == "placeholder" and any(_is_ours(u) for u in node.users):
-            found.append(parameter_name(node))
-    return [name for name in found if name]
-
-
-def _is_ours(node: fx.Node) -> bool:
-    return (getattr(node.target, "__module__", "") or "").startswith("weft.")
-
-
-class _Inside(threading.local):
-    """Whether this thread has set Dynamo's settings."""
-
-    settings = False
-
-
-_inside = _Inside()
-
-
-@contextmanager
-def dynamo_settings() -> Iterator[None]:
-    """:data:`DYNAMO_SETTINGS`, for as long as a region runs.
-
-    Plain assignment: ``config.patch`` takes 0.3 ms, more than a decoding step has for a layer. A region inside another finds
-    them set.
-    """
-    config = torch._dynamo.config
-    if _inside.settings:
-        yield
-        return
-    kept = {name: getattr(config, name) for name in DYNAMO_SETTINGS}
-    _inside.settings = True
-    for name, setting in DYNAMO_SETTINGS.items():
-        setattr(config, name, setting)
-    try:
-        yield
-    finally:
-        _inside.settings = False
-        for name, setting in kept.items():
-            setattr(config, name, setting)

@@ -17,8 +17,7 @@ from . import graph as g
 
 def with_sums(module: fx.GraphModule) -> fx.GraphModule:
     """``module``, a lowered graph, with its sums where they can be, as a copy."""
-    graph = fx.Graph()
-    graph.output(graph.graph_copy(module.graph, {}))
+    graph = g.copied(module.graph)
     for node in list(graph.nodes):
         found = _sum(node)
         if found is None:

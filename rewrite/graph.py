@@ -153,6 +153,13 @@ def autograd_body(node: fx.Node) -> tuple[fx.Graph, dict[fx.Node, Any]] | None:
     return inner.graph, dict(zip(inside, node.args[2:], strict=False))
 
 
+def copied(graph: fx.Graph) -> fx.Graph:
+    """A graph that does not change when ``graph`` does; its nodes have the same names."""
+    found = fx.Graph()
+    found.output(found.graph_copy(graph, {}))
+    return found
+
+
 def copy_nodes(
     nodes: Iterable[fx.Node], inputs: Iterable[fx.Node], outputs: Iterable[fx.Node], root: fx.GraphModule
 ) -> fx.GraphModule:

@@ -23,7 +23,8 @@ from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .alike import Alike, swapped
 from .cache import layer_number, narrow_caches, widen_caches
-from .capture import Session, dynamo_settings
+from .capture import Session
+from .dynamo_settings import dynamo_settings
 from .errors import CaptureError
 from .kinds import LIKE, OTHER, Kind, form_of, kind_of, made_like
 from .ladder import TracedRun

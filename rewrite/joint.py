@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy
 
 from .effects import written_inputs
 from .gradient_sums import with_sums
+from .graph import copied
 from .overwriting import Overwritten, overwritten
 from .remat import INFINITE, Operation, Problem
 from .sizes import Evaluate, is_part, storages, value_bytes
@@ -113,7 +114,7 @@ class JointGraph:
 
     def _partition(self, saved: frozenset[str] | None, joint: fx.GraphModule, inputs: Any, options: Any) -> Any:
         if self.graph is None:
-            self.graph = _copied(joint.graph)
+            self.graph = copied(joint.graph)
         # of this trace: another one's values lie elsewhere
         self._returned[saved] = {
             s for n in joint.graph.output_node().all_input_nodes for s in storages(n.meta.get("val"))
@@ -168,13 +169,6 @@ class _Undrawn:
         return self.operator(*args, **kwargs)
 
 
-def _copied(graph: fx.Graph) -> fx.Graph:
-    copied = fx.Graph()
-    output = copied.graph_copy(graph, {})
-    copied.output(output)
-    return copied
-
-
 def _boxed(module: fx.GraphModule, over: Callable[[fx.Graph], Overwritten] = lambda _: {}) -> Callable[..., Any]:
     """Run node by node. The inputs come in a list that is emptied, so that each is freed after its last use; ``over`` says which
     calls write where their operands lay.
@@ -182,7 +176,7 @@ def _boxed(module: fx.GraphModule, over: Callable[[fx.Graph], Overwritten] = lam
     An operator that offers a way past torch's dispatcher, as its attribute ``direct``, is called that way: what is run here has
     been traced, and nobody is left to watch it. ``module.graph`` still names the operators.
     """
-    graph = _copied(module.graph)
+    graph = copied(module.graph)
     graph.set_codegen(_BoxedCodeGen())
     overwriting = over(graph)
     for node in graph.nodes:

@@ -81,8 +81,7 @@ class Leftovers:
 
     def fused(self, module: fx.GraphModule) -> fx.GraphModule:
         """``module`` with its runs compiled: a copy, or itself where there are none."""
-        graph, before = fx.Graph(), self.runs
-        graph.output(graph.graph_copy(module.graph, {}))
+        graph, before = g.copied(module.graph), self.runs
         for run in runs(graph, self.device_type):
             run.replace(Call(self, run.module(module)).named(f"leftovers_{self.runs}"))
             self.runs += 1

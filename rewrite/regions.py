@@ -14,6 +14,8 @@ from typing import Literal
 
 from torch import nn
 
+from .report import join
+
 Role = Literal["region", "inline", "opaque", "traced"]
 
 
@@ -66,12 +68,12 @@ def _plan(root: nn.Module, prefix: str, blocks: dict[str, nn.Module], holders: d
     """The plan where ``holders`` call what they hold."""
     direct = _direct(holders, blocks)
     inline = {p for p in blocks if next(a for a in _ancestors(p) if a in holders) == ""}
-    sites = [Site(_join(prefix, p), m, "inline" if p in inline else "region", True) for p, m in blocks.items()]
-    sides = {h: [Site(_join(prefix, p), m, "region") for p, m in _side_modules(h, holders[h], blocks)] for h in holders}
-    opaque = [Site(_join(prefix, p), m, "opaque") for p, m in holders.items() if p]
+    sites = [Site(join(prefix, p), m, "inline" if p in inline else "region", True) for p, m in blocks.items()]
+    sides = {h: [Site(join(prefix, p), m, "region") for p, m in _side_modules(h, holders[h], blocks)] for h in holders}
+    opaque = [Site(join(prefix, p), m, "opaque") for p, m in holders.items() if p]
     inner = [site for h, found in sides.items() if h for site in found]
     top = Site(prefix, root, "region")
-    names = tuple(_join(prefix, p) for p in blocks)
+    names = tuple(join(prefix, p) for p in blocks)
     if "" not in direct:
         return Plan(_once([*sites, *inner, *opaque, top]), blocks=names)
     return Plan(_once([*sites, *inner, *opaque]), top, tuple(sides.get("", ())), names)
@@ -84,8 +86,8 @@ def _chains(holders: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> set[
     for path, module in holders.items():
         names = [name for name, _ in module.named_children()]
         plain = path and type(module).forward is nn.Sequential.forward and "forward" not in vars(module)
-        ends = names and _join(path, names[-1])
-        if plain and ends not in blocks and any(_join(path, n) in blocks for n in names):
+        ends = names and join(path, names[-1])
+        if plain and ends not in blocks and any(join(path, n) in blocks for n in names):
             found.add(path)
     return found
 
@@ -101,7 +103,7 @@ def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
         children = list(container.named_children())
         classes = [type(c) for _, c in children]
         found |= {
-            _join(path, name): child for name, child in children if classes.count(type(child)) > 1 and _is_block(child)
+            join(path, name): child for name, child in children if classes.count(type(child)) > 1 and _is_block(child)
         }
     return found
 
@@ -140,7 +142,7 @@ def _side_modules(path: str, holder: nn.Module, blocks: dict[str, nn.Module]) ->
     Without parameters, too: a norm may have no weight.
     """
     for name, child in holder.named_children():
-        full = _join(path, name)
+        full = join(path, name)
         if full in blocks:
             continue
         if not has_forward(child):
@@ -152,7 +154,3 @@ def _side_modules(path: str, holder: nn.Module, blocks: dict[str, nn.Module]) ->
 def _once(sites: list[Site]) -> list[Site]:
     """Shared modules appear under several paths and are replaced once."""
     return list({id(s.module): s for s in reversed(sites)}.values())[::-1]
-
-
-def _join(a: str, b: str) -> str:
-    return f"{a}.{b}" if a and b else a or b

@@ -9,7 +9,7 @@ from typing import Any
 from weft.text import fold, table, unnumbered
 
 from .recompute import MemoryPlan
-from .report import RewriteReport
+from .report import RewriteReport, join
 
 Section = tuple[str, list[str], list[list[str]]]
 """Title, headers and rows of a table."""
@@ -158,7 +158,7 @@ def why_not(report: RewriteReport, path: str) -> str:
     around = sorted(
         {r.rule for r in report.rewrites if f"{path}.".startswith(f"{r.module_path}.") or not r.module_path}
     )
-    read = (f"{p}.{name}".lstrip(".") for r in held for p in r.paths for name in r.parameters)
+    read = (join(p, name) for r in held for p in r.paths for name in r.parameters)
     if around and any(name.startswith(f"{path}.") for name in read):
         return f"{path!r} is read by what was rewritten around it: {', '.join(around)}"
     notes = "; ".join(dict.fromkeys(r.note for r in held if r.note))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from weft.rewrite.capture import dynamo_settings
+from weft.rewrite.dynamo_settings import dynamo_settings
 from weft.rewrite.joint import JointGraph, Prepare, Recorder, is_random, recompute_problem
 from weft.rewrite.remat import Choice, Problem, frontier
 from weft.rewrite.sizes import evaluator

@@ -359,7 +359,7 @@ def test_two_threads_run_one_optimized_model() -> None:
 
 
 def test_dynamos_settings_are_given_back() -> None:
-    from weft.rewrite.capture import DYNAMO_SETTINGS
+    from weft.rewrite.dynamo_settings import DYNAMO_SETTINGS
 
     config = torch._dynamo.config
     before = {name: getattr(config, name) for name in DYNAMO_SETTINGS}
