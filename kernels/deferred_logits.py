@@ -6,7 +6,7 @@ device that computes x·Wᵀ (scaled and capped) on first use, with gradients if
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._pytree import tree_map
+
+from weft.errors import WeftError
 
 from .operator import most_at_once
 
@@ -44,6 +46,10 @@ _FREE = {
 """What can be answered without the values."""
 
 
+class OverwrittenLogitsError(WeftError, RuntimeError):
+    """Logits were read for the first time after what they are computed from had been overwritten."""
+
+
 class DeferredLogits(Tensor):
     """A tensor whose values are computed when first needed."""
 
@@ -51,8 +57,10 @@ class DeferredLogits(Tensor):
     values: Tensor | None
 
     @staticmethod
-    def __new__(cls, compute: Callable[[], Tensor], like: Tensor) -> DeferredLogits:
-        made = Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype, device=like.device)
+    def __new__(
+        cls, compute: Callable[[], Tensor], shape: Sequence[int], dtype: torch.dtype, device: torch.device
+    ) -> DeferredLogits:
+        made = Tensor._make_wrapper_subclass(cls, shape, dtype=dtype, device=device)
         made.compute, made.values = compute, None
         return made
 
@@ -104,17 +112,7 @@ def _cast_target(func: Any, args: Any, kwargs: Any) -> torch.dtype | None:
 def _converted(logits: DeferredLogits, dtype: torch.dtype) -> DeferredLogits:
     if dtype == logits.dtype:
         return logits
-    like = torch.empty(logits.shape, dtype=dtype, device="meta")
-    return DeferredLogits(lambda: logits.materialize().to(dtype), _on(like, logits.device))
-
-
-class _Like:
-    def __init__(self, like: Tensor, device: torch.device) -> None:
-        self.shape, self.dtype, self.device = like.shape, like.dtype, device
-
-
-def _on(like: Tensor, device: torch.device) -> Any:
-    return _Like(like, device)
+    return DeferredLogits(lambda: logits.materialize().to(dtype), logits.shape, dtype, logits.device)
 
 
 OVERWRITTEN = (
@@ -149,14 +147,13 @@ def deferred_logits(
         (..., vocab) in x's dtype, autocast's where it is on.
 
     Raises:
-        RuntimeError: on the first read, if x, the weight or the bias was overwritten since, by an optimizer's step, say: what
-            the logits were cannot be computed any more.
+        OverwrittenLogitsError: on the first read, if x, the weight or the bias was overwritten since, by an optimizer's
+            step, say: what the logits were cannot be computed any more.
     """
     if isinstance(x, FakeTensor):
         return _logits(x, weight, bias, logit_scale, softcap, torch.is_grad_enabled())
     kind = x.device.type
     dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
-    like = _on(torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype, device="meta"), x.device)
     autocast = partial(torch.autocast, kind, dtype=dtype, enabled=torch.is_autocast_enabled(kind))
     tracked = torch.is_grad_enabled()
 
@@ -165,16 +162,24 @@ def deferred_logits(
 
     def compute() -> Tensor:
         if versions != [_version(t) for t in read]:
-            raise RuntimeError(OVERWRITTEN)
+            raise OverwrittenLogitsError(OVERWRITTEN)
         with autocast():
             return _logits(x, weight, bias, logit_scale, softcap, tracked)
 
-    return DeferredLogits(compute, like)
+    return DeferredLogits(compute, (*x.shape[:-1], weight.shape[0]), dtype, x.device)
 
 
 @most_at_once(0)
 def dropped_logits(x: Tensor, weight: Tensor, error: type[Exception]) -> Tensor:
-    """Logits that raise ``error`` when read."""
+    """What stands for logits that nobody wants: their shape, dtype and device, and no values.
+
+    Args:
+        x: (..., hidden); weight: (vocab, hidden).
+        error: what reading the values raises, with an explanation.
+
+    Returns:
+        (..., vocab) in x's dtype.
+    """
     if isinstance(x, FakeTensor):
         return F.linear(x, weight)
 
@@ -184,5 +189,4 @@ def dropped_logits(x: Tensor, weight: Tensor, error: type[Exception]) -> Tensor:
             'default_passes(logits="drop") asks; use logits="defer" (the default) to compute them when they are read'
         )
 
-    like = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=x.dtype, device="meta")
-    return DeferredLogits(explain, _on(like, x.device))
+    return DeferredLogits(explain, (*x.shape[:-1], weight.shape[0]), x.dtype, x.device)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from weft.kernels.deferred_logits import DeferredLogits
+from weft.kernels.deferred_logits import DeferredLogits, OverwrittenLogitsError
 from weft.passes.linear_cross_entropy import FuseLinearCrossEntropy
 from weft.rewrite.errors import DroppedOutputError
 
@@ -250,7 +250,7 @@ def test_deferred_logits_know_when_it_is_too_late(name: str) -> None:
     kept = (early + 0).clone()
     inputs[name].add_(1.0)
     torch.testing.assert_close(early + 0, kept)
-    with pytest.raises(RuntimeError, match=r"optimizer's step.*logits="):
+    with pytest.raises(OverwrittenLogitsError, match=r"optimizer's step.*logits="):
         late.sum()
 
 
