@@ -7,11 +7,10 @@ from functools import cached_property
 from typing import Any, ClassVar
 from weakref import WeakKeyDictionary
 
-import torch
 from torch import fx
 
 from .errors import PatternError
-from .graph import dtype_of, module_path, source
+from .graph import module_path, source
 from .match import Match
 from .pattern import Pattern, Variants, trace_patterns
 from .report import Refusal
@@ -82,8 +81,3 @@ def call(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
 
 def _flat(items: Any) -> list[Any]:
     return [x for i in items for x in (_flat(i) if isinstance(i, tuple | list) else (i,))]
-
-
-def dtype_at(m: Match) -> torch.dtype | None:
-    """The dtype that the replacement of ``m`` must return."""
-    return dtype_of(m.root)

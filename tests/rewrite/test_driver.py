@@ -210,9 +210,10 @@ def test_casts_behind_a_match_are_taken_in(dtype: torch.dtype) -> None:
         """The operator rounds to the dtype that is wanted."""
 
         def rewrite(self, m: Any, x: Any) -> Any:
-            from weft.rewrite.rule import call, dtype_at
+            from weft.rewrite.graph import dtype_of
+            from weft.rewrite.rule import call
 
-            return call(sine_in, x, dtype_at(m))
+            return call(sine_in, x, dtype_of(m.root))
 
     module, _ = check(function, X, [Casting()], count=1)
     assert targets(module) == ["sine_in"]
