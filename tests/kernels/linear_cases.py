@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
@@ -13,6 +13,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 from torch.utils.checkpoint import checkpoint
 
 from weft.kernels import dequantize_4bit, quant_matvec
@@ -143,14 +144,27 @@ def checkpointed(function: Callable[..., Any], use_reentrant: bool, inputs: list
 
 
 class Results(TorchDispatchMode):
-    """Records what every call of one operator returned."""
+    """Records what every call of one operator was given, and what it returned."""
 
     def __init__(self, name: str) -> None:
         super().__init__()
-        self.name, self.results = name, []
+        self.name, self.arguments, self.results = name, [], []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.name() == self.name:
+            self.arguments.append(args)
             self.results.append(result)
         return result
+
+
+def opcheck_backward(name: str, results: Tensor | Sequence[Tensor]) -> None:
+    """``torch.library.opcheck`` of the operator that the backward of ``results`` calls, with what it calls it with."""
+    loss = sum(r.square().sum() for r in ([results] if isinstance(results, Tensor) else results))
+    with Results(name) as record:
+        loss.backward()
+    assert record.arguments
+    with torch.no_grad():
+        for arguments in record.arguments:
+            given = tree_map(lambda a: a.detach() if isinstance(a, Tensor) else a, arguments)
+            torch.library.opcheck(getattr(torch.ops.weft, name.removeprefix("weft::")).default, given)

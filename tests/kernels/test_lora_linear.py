@@ -32,6 +32,7 @@ from .linear_cases import (
     in_features,
     layouts,
     normal,
+    opcheck_backward,
     packed_weight,
     precisions,
     running,
@@ -144,6 +145,7 @@ def test_opcheck(name: Backend, own: bool, layout: Layout) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         with backend(name):
             torch.library.opcheck(torch.ops.weft.lora_linear.default, (*(given_[key] for key in order), dtype))
+            opcheck_backward("weft::lora_linear_backward", lora_linear(**given_, adapter_dtype=dtype))
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("a",), ("b",), ("bias",), ("x_adapter",), ("weight",), ("x", "a", "b")])

@@ -17,7 +17,19 @@ from weft.quant.layout import Layout
 
 from .accuracy import DTYPES, assert_accurate
 from .drawing import among, drawn
-from .linear_cases import DEVICE, LEADS, Results, adapters, cases, checkpointed, normal, precisions, tensors, terms
+from .linear_cases import (
+    DEVICE,
+    LEADS,
+    Results,
+    adapters,
+    cases,
+    checkpointed,
+    normal,
+    opcheck_backward,
+    precisions,
+    tensors,
+    terms,
+)
 
 
 @drawn
@@ -60,7 +72,9 @@ def test_y_stays_as_it_is() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_opcheck(dtype: torch.dtype) -> None:
-    torch.library.opcheck(torch.ops.weft.lora_update.default, (*operands(torch.bfloat16).values(), 0.5, dtype))
+    given_ = operands(torch.bfloat16)
+    torch.library.opcheck(torch.ops.weft.lora_update.default, (*given_.values(), 0.5, dtype))
+    opcheck_backward("weft::lora_update_backward", lora_update(**given_, scale=0.5, adapter_dtype=dtype))
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])

@@ -30,6 +30,7 @@ from .linear_cases import (
     in_features,
     layouts,
     normal,
+    opcheck_backward,
     packed_weight,
     running,
     tensors,
@@ -141,6 +142,7 @@ def test_opcheck(name: Backend, own: tuple[int, ...], monkeypatch: pytest.Monkey
         assert len(arguments) == 2
         for given_ in arguments:
             torch.library.opcheck(torch.ops.weft.parallel_linears.default, given_)
+        opcheck_backward("weft::parallel_linears_backward", parallel_linears(**operands(own=own)))
 
 
 @pytest.mark.parametrize("name", BACKENDS)

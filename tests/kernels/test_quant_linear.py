@@ -34,6 +34,7 @@ from .linear_cases import (
     in_features,
     layouts,
     normal,
+    opcheck_backward,
     packed_weight,
     tensors,
     terms,
@@ -125,7 +126,9 @@ def test_opcheck(name: Backend) -> None:
     with backend(name):
         for layout in (BLOCKS, Layout("fp4", 6, 64, 128)):
             for last in (bias, None):
-                torch.library.opcheck(operator, (x, packed_weight(layout, 0), layout.encode(), last))
+                arguments = (x, packed_weight(layout, 0), layout.encode(), last)
+                torch.library.opcheck(operator, arguments)
+                opcheck_backward("weft::quant_linear_backward", operator(*arguments))
 
 
 @pytest.mark.parametrize("wanted", [("x",), ("bias",), ("x", "bias")])
