@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -119,6 +119,7 @@ class RewriteReport:
     graphs: list[GraphRecord] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     parameters: dict[str, int] = field(default_factory=dict)
+    modules: Sequence[str] = ()
     capture_seconds: float = 0.0
     total_seconds: float = 0.0
     precision: Any = None

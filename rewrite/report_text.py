@@ -152,9 +152,14 @@ def why_not(report: RewriteReport, path: str) -> str:
     lines += [f"{p}: {r.note}" for r in report.regions if r.note for p in r.paths if inside(p)]
     if lines:
         return "\n".join(lines)
+    if path not in report.modules:
+        inner = next((whole for whole in report.modules if whole.endswith(f".{path}")), None)
+        return f"no module had the path {path!r} when the model was optimized" + (
+            f": did you mean {inner!r}?" if inner else ""
+        )
     held = [r for r in report.regions if any(path == p or path.startswith(p + ".") or not p for p in r.paths)]
     if not held:
-        return f"{path!r} was in no captured graph: the example inputs did not reach it, or no module has this path"
+        return f"{path!r} was in no captured graph: the example inputs did not reach it"
     around = sorted(
         {r.rule for r in report.rewrites if f"{path}.".startswith(f"{r.module_path}.") or not r.module_path}
     )

@@ -70,7 +70,8 @@ def on_gpu(model: nn.Module) -> bool:
 
 
 def _session(model: nn.Module, passes: Sequence[Pass], mode: str, verify: bool, memory: StepMemory | None) -> Session:
-    report = RewriteReport(mode, parameters={n: p.numel() for n, p in model.named_parameters()})
+    modules = [path for path, _ in model.named_modules(remove_duplicate=False)]
+    report = RewriteReport(mode, parameters={n: p.numel() for n, p in model.named_parameters()}, modules=modules)
     names = {id(p): name for name, p in model.named_parameters(remove_duplicate=False)}
     return Session(list(passes), report, verify, names, memory=memory)
 
