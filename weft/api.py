@@ -26,6 +26,7 @@ from weft.rewrite.errors import ExampleInputsError, InternalError, OptionError, 
 from weft.rewrite.examples import check_examples, make_examples
 from weft.rewrite.install import Installation
 from weft.rewrite.pipeline import Pass
+from weft.rewrite.report import RewriteReport
 from weft.rewrite.state import preserved
 from weft.rewrite.step_memory import Limit
 from weft.rewrite.whole import capture_model, on_gpu
@@ -72,9 +73,14 @@ def optimize(
 ) -> nn.Module:
     """Rewrite ``model`` in place and return it; ``model.rewrite_report`` says what was done and what was refused.
 
+    A model that is optimized already stays as it is, whatever the other arguments say (``precision`` is refused): ``undo`` it
+    first to have it otherwise.
+
     Args:
         model: a transformers ``PreTrainedModel``, a ``PeftModel``, or any ``nn.Module``.
         mode: ``"train"`` or ``"inference"``; None takes ``model.training``.
+        example_inputs: keyword arguments of one forward call (or a list of several calls) from which the graphs are
+            captured; None makes them from ``model.config``. Other shapes and arguments are captured when they come.
         precision: None leaves weights as they are; a ``PrecisionBudget`` has every linear measured and stored in the format
             that the budget allows; a ``PrecisionPlan`` made before is put into force.
         calibration: forward keyword arguments, one mapping a batch, on which precision is measured; None: weft makes some,
@@ -82,12 +88,10 @@ def optimize(
         memory: what a training step may take at its peak on the model's device: bytes, text such as ``"24GB"``, or ``"min"``
             for as little as possible; None on a GPU: what is free there. Each block then saves, computes again, or sends to
             the host's memory what takes the least time within it.
-        keep_weights: keep the former weights in the host's memory, so that ``undo`` can give them back.
-        cuda_graphs: on a GPU, record the blocks of training steps so small that the host is slower than the device.
-        example_inputs: keyword arguments of one forward call (or a list of several calls) from which the graphs are
-            captured; None makes them from ``model.config``. Other shapes and arguments are captured when they come.
         passes: what to run, in order; None takes ``default_passes(mode)``.
         verify: replay every rewrite, forward and gradients, against what it replaces, and revert what is less exact.
+        keep_weights: keep the former weights in the host's memory, so that ``undo`` can give them back.
+        cuda_graphs: on a GPU, record the blocks of training steps so small that the host is slower than the device.
 
     Raises:
         WeftError: the model or an argument cannot be handled; the model is then as it was.
@@ -113,18 +117,23 @@ def optimize(
         if not isinstance(error, Exception):
             raise
         raise (error if isinstance(error, WeftError) else _explain(error, model, examples, mode)) from error
-    report = installation.session.report
-    report.notes += [note for device in {p.device for p in model.parameters()} if (note := why_reference(device))]
-    rewriting = report.total_seconds
-    report.total_seconds = time.perf_counter() - started
-    report.capture_seconds = report.total_seconds - rewriting
-    report.precision, report.steps = plan, installation.session.memory
+    report = _completed(installation, model, plan, time.perf_counter() - started)
     _obey_checkpointing(installation)
     installation.drop_unused()
     root.__dict__[ATTRIBUTE] = Optimized(installation, plan, replaced if keep_weights else [])
-    for holder in {id(m): m for m in (model, root)}.values():
-        holder.__dict__["rewrite_report"] = report
+    model.__dict__["rewrite_report"] = root.__dict__["rewrite_report"] = report
     return model
+
+
+def _completed(
+    installation: Installation, model: nn.Module, plan: PrecisionPlan | None, seconds: float
+) -> RewriteReport:
+    """The report of a capture that took ``seconds``, rewriting included."""
+    report = installation.session.report
+    report.notes += [note for device in {p.device for p in model.parameters()} if (note := why_reference(device))]
+    report.capture_seconds, report.total_seconds = seconds - report.total_seconds, seconds
+    report.precision, report.steps = plan, installation.session.memory
+    return report
 
 
 def undo(model: nn.Module) -> nn.Module:
