@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 RULES = (
-    "rms_norm", "layer_norm", "residual_norm", "rope", "gated_mlp", "lora_linear", "parallel_linears",
+    "rms_norm", "layer_norm", "residual_norm", "rope", "attention", "gated_mlp", "lora_linear", "parallel_linears",
     "linear_cross_entropy",
 )  # fmt: skip
 
