@@ -1,19 +1,13 @@
-"""Plans what each block saves for its backward, so that a training step stays within a limit of memory.
+"""What a block may save for its backward, and what each choice costs; what the head beside the blocks takes.
 
-For each block there are options: what a minimum cut saves at some price of memory (:mod:`.remat`), with the block's input, or
-all that it saves, kept on the device or in the host's memory; :mod:`.placement` chooses among them. When the backward of the last
-block begins, all others hold what they saved, and it holds all that it reads:
-
-    peak  =  resident  +  Σ saved, without the last block  +  in flight  +  the most that one backward has alive
-
-in flight: what one block has in the host's memory, which is on its way out of the device, or back. If that is more, what the head
-and the loss have alive beside all that is saved takes the place of the backward.
+There are options: what a minimum cut saves at some price of memory (:mod:`.remat`), with the block's input, or all that it saves,
+kept on the device or in the host's memory. :mod:`.placement` chooses among them, :mod:`.memory_plan` says what has been chosen.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -22,7 +16,7 @@ from torch.nn import Parameter
 
 from .joint import JointGraph, forward_nodes, recompute_problem
 from .liveness import peak_bytes
-from .placement import BlockCosts, Option, in_flight, without_waiting
+from .placement import BlockCosts, Option, without_waiting
 from .rates import Rates
 from .remat import Choice, frontier, one_more
 from .sizes import Evaluate, evaluator, node_flops, node_traffic, storages, tensors, value_bytes
@@ -170,70 +164,3 @@ def _unpacked(node: fx.Node, of: Evaluate) -> int:
     """A packed weight is unpacked while it is read: two 16-bit numbers for each byte."""
     packed = [n for n in node.all_input_nodes if getattr(n.meta.get("val"), "dtype", None) == torch.uint8]
     return max((4 * value_bytes(n.meta["val"], of) for n in packed), default=0) if node.op == "call_function" else 0
-
-
-@dataclass
-class BlockMemory:
-    """What one block does: bytes that it keeps on the device and in the host's memory, and seconds that it takes longer."""
-
-    path: str
-    saved_bytes: int
-    host_bytes: int
-    extra_seconds: float
-    choice: str
-
-
-@dataclass
-class MemoryPlan:
-    """The memory of a training step: the limit, what is predicted, and what each block does. Bytes.
-
-    Attributes:
-        limit: None asks for as few as possible.
-        resident: weights, optimizer state, gradients and whatever else is there besides activations.
-        working: the most that one block's backward, or the head with its loss, has alive beside what the other blocks saved.
-        spare: bytes by which ``working`` is more than what a forward has alive.
-        ahead: blocks whose copies to the host or back are under way beside a backward.
-        measured: the step's own peak, on a GPU, once the next one has begun, where it was the highest until then.
-        before: the plan of the step before, measured.
-    """
-
-    limit: int | None
-    resident: int
-    working: int
-    blocks: list[BlockMemory] = field(default_factory=list)
-    measured: int | None = None
-    peak_before: int | None = None
-    before: MemoryPlan | None = None
-    spare: int = 0
-    ahead: int = 1
-
-    @property
-    def predicted(self) -> int:
-        """The predicted peak."""
-        return self.resident + self.working + sum(b.saved_bytes for b in self.blocks[:-1]) + self.in_flight
-
-    @property
-    def in_flight(self) -> int:
-        """What is on its way to the host's memory, or back."""
-        return in_flight([b.host_bytes for b in self.blocks], self.ahead, self.spare)
-
-    @property
-    def extra_seconds(self) -> float:
-        """What the plan costs, by the device's measured rates."""
-        return sum(b.extra_seconds for b in self.blocks)
-
-    @property
-    def fits(self) -> bool:
-        """Whether the predicted peak is within the limit."""
-        return self.limit is None or self.predicted <= self.limit
-
-    def to_dict(self) -> dict[str, Any]:
-        """The plan as plain data."""
-        names = ("limit", "resident", "working", "in_flight", "predicted", "measured", "fits")
-        kept = {name: getattr(self, name) for name in names}
-        before = None if self.before is None else {k: getattr(self.before, k) for k in ("predicted", "measured")}
-        return kept | {
-            "before": before,
-            "extra_seconds": self.extra_seconds,
-            "blocks": [asdict(b) for b in self.blocks],
-        }

@@ -161,7 +161,7 @@ class RewriteReport:
 
     @property
     def memory(self) -> Any:
-        """The :class:`.recompute.MemoryPlan` of the last training step that began; None where none is planned."""
+        """The :class:`.memory_plan.MemoryPlan` of the last training step that began; None where none is planned."""
         return None if self.steps is None else self.steps.plan
 
     @property

@@ -8,7 +8,7 @@ from typing import Any
 
 from weft.text import fold, table, unnumbered
 
-from .recompute import MemoryPlan
+from .memory_plan import MemoryPlan
 from .report import RewriteReport, join
 
 Section = tuple[str, list[str], list[list[str]]]

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from .choices import Choices
 from .cuda_graphs import Recordings
 from .device_memory import free_bytes, host_memory, peak_bytes
+from .memory_plan import BlockMemory, MemoryPlan
 from .offload import HostStore
 from .placement import BlockCosts, Option, thriftier
-from .recompute import BlockMemory, Head, MemoryPlan, activation
+from .recompute import Head, activation
 from .weights import Weights
 
 FILLED = 0.95

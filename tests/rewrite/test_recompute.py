@@ -17,12 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from weft.rewrite.liveness import peak_bytes
+from weft.rewrite.memory_plan import BlockMemory, MemoryPlan
 from weft.rewrite.rates import Rates, measured_rates
-from weft.rewrite.recompute import (
-    BlockMemory,
-    MemoryPlan,
-    block_costs,
-)
+from weft.rewrite.recompute import block_costs
 from weft.rewrite.sizes import evaluator
 
 from ..graphs import normal

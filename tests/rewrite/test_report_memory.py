@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from weft.rewrite.recompute import BlockMemory, MemoryPlan
+from weft.rewrite.memory_plan import BlockMemory, MemoryPlan
 from weft.rewrite.report import RewriteReport
 from weft.rewrite.report_text import memory_line, memory_rows, to_html, to_text
 

@@ -19,8 +19,8 @@ from transformers import AlbertConfig, AlbertForMaskedLM, AutoModelForCausalLM, 
 import weft
 from weft.rewrite import blocks, choices, step_memory
 from weft.rewrite.errors import OptionError
+from weft.rewrite.memory_plan import MemoryPlan
 from weft.rewrite.rates import Rates
-from weft.rewrite.recompute import MemoryPlan
 
 from ..models import (
     VOCABULARY,
