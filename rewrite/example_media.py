@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 
 from .errors import ExampleInputsError
 from .example_layouts import BINS, Draw, Inputs, find_setting, image_layouts, sound_layouts, vision_part
+from .state import evaluating
 
 
 @dataclass(frozen=True)
@@ -157,22 +157,9 @@ def summary(reasons: Iterable[str], most: int = 3) -> str:
 
 
 def trial(model: nn.Module, run: Callable[[], Any]) -> Any:
-    """What ``run`` returns, or the exception it raises; neither gradients nor state of ``model`` are touched."""
+    """What ``run`` returns, or the exception it raises; nothing of ``model`` is touched, nor how its weights are stored."""
     with evaluating(model):
         try:
             return run()
         except Exception as error:  # any: the answer to the question asked
             return error
-
-
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """No gradients, no dropout, and the random state as before."""
-    modes = {m: m.training for m in model.modules()}
-    with torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, was in modes.items():
-                module.training = was

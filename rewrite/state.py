@@ -14,7 +14,7 @@ _PLAIN = (bool, int, float, str, type(None), torch.dtype)
 
 @contextmanager
 def preserved(model: nn.Module) -> Iterator[None]:
-    """Run calls of ``model`` that leave no trace: buffers, plain attributes of modules, and the storage of parameters.
+    """Run calls of ``model`` that leave no trace: modes, buffers, plain attributes of modules, and the storage of parameters.
 
     Libraries of quantized layers repack a weight when it is first used, and keep how on the parameter.
     """
@@ -32,6 +32,14 @@ def preserved(model: nn.Module) -> Iterator[None]:
             for name, buffer in model.named_buffers():
                 if name in buffers and buffer.shape == buffers[name].shape:
                     buffer.copy_(buffers[name])
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """As :func:`preserved`, in evaluation mode and without gradients; the random state is as before afterwards, too."""
+    with preserved(model), torch.no_grad(), torch.random.fork_rng(devices=range(torch.cuda.device_count())):
+        model.eval()
+        yield
 
 
 def _two_levels(parameter: Tensor) -> list[tuple[Any, dict[str, Any]]]:

@@ -8,11 +8,12 @@ import pytest
 import torch
 from bitsandbytes.functional import _convert_weight_packed_for_cpu, has_avx512bf16
 from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForSequenceClassification
 
 import weft
 from weft.rewrite.errors import UnsupportedModelError
 
-from .models import assert_same, batch, in_four_bits, llama, outcome, quickly, twin, with_lora
+from .models import VOCABULARY, assert_same, batch, in_four_bits, llama, outcome, quickly, twin, with_lora
 
 on_avx512 = pytest.mark.skipif(not has_avx512bf16(), reason="bitsandbytes repacks only where the CPU has AVX512-BF16")
 PROMPT = batch(2, 7, seed=1, labels=False)
@@ -77,6 +78,20 @@ def test_optimizing_for_inference_leaves_the_weights_as_they_were() -> None:
     weft.undo(model)
     assert_stored_alike(storage(model), before)
     assert torch.equal(logits(model), logits(plain)) and all(packed(model))
+
+
+@on_avx512
+def test_a_classifier_whose_labels_are_found_by_trying_is_trained_with_its_weights_as_they_were() -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    config = LlamaConfig(vocab_size=VOCABULARY, num_key_value_heads=4, num_labels=3, pad_token_id=0, **sizes)
+    model = LlamaForSequenceClassification(config)
+    in_four_bits(model.model)
+    model = with_lora(model, task_type="SEQ_CLS")
+    plain, before = twin(model), storage(model)
+    weft.optimize(model)
+    assert_stored_alike(storage(model), before)
+    inputs = batch(2, 7, labels=False) | {"labels": torch.tensor([0, 2])}
+    assert_same(outcome(model, inputs), outcome(plain, inputs))
 
 
 @on_avx512

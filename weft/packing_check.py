@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from weft.passes.sequence_mixing import FindSequenceMixing
 from weft.rewrite.errors import PackingError
 from weft.rewrite.report import Refusal
-from weft.rewrite.state import preserved
+from weft.rewrite.state import evaluating
 from weft.rewrite.whole import capture_model
 from weft.wrappers import innermost
 
@@ -43,7 +43,7 @@ def check_packing(model: nn.Module) -> None:
     """
     root = innermost(model)
     trial = _Trial(root, _row_length(root))
-    with _quiet(model):
+    with evaluating(model):
         if not hasattr(root, "rewrite_report"):
             _search(model, root, trial)
         if not accepts(root, "position_ids"):
@@ -97,19 +97,6 @@ class _Trial:
         found = getattr(output, "logits", None)
         found = next(t for t in tree_leaves(output) if isinstance(t, Tensor)) if found is None else found
         return found[:, -documents[-1].shape[1] :]
-
-
-@contextmanager
-def _quiet(model: nn.Module) -> Iterator[None]:
-    """No dropout, no gradient, no trace."""
-    modes = [(m, m.training) for m in model.modules()]
-    with preserved(model), torch.no_grad():
-        model.eval()
-        try:
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
 
 
 def _row_length(model: nn.Module) -> int:

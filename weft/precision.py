@@ -26,7 +26,7 @@ from weft.quant.planner import make_plan
 from weft.rewrite.check import check_model
 from weft.rewrite.errors import CalibrationError, ExampleInputsError, OptionError, PrecisionError, WeftError
 from weft.rewrite.regions import find_blocks
-from weft.rewrite.state import preserved
+from weft.rewrite.state import evaluating
 from weft.wrappers import innermost, plan_for
 
 Batches = Iterable[Mapping[str, Any]]
@@ -100,7 +100,7 @@ def measure(
     refuse_unusable(model)
     root = innermost(model)
     batches, note = _batches(root, calibration, tokenizer, list(examples))
-    with _evaluating(model):
+    with _measuring(model):
         found, blocks = _candidates(model, root, batches, options.allowed, options.head)
         sensitivity = Sensitivity(model, blocks, batches)
         plan = _plan(model, found, sensitivity, options, note)
@@ -123,7 +123,7 @@ def store_as_planned(model: nn.Module, plan: PrecisionPlan, calibration: Batches
     plan, root = plan_for(model, plan), innermost(model)
     wanted = {p: f for layer, f in zip(plan.layers, plan.formats, strict=True) for p in layer.paths}
     batches = check_batches(root, calibration)
-    with _evaluating(model):
+    with _measuring(model):
         found, _ = _candidates(model, root, batches, tuple(FORMATS), True, wanted)
     return {c.name: stored for c in found for stored in c.stored.values()}
 
@@ -147,12 +147,10 @@ def _batches(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def _measuring(model: nn.Module) -> Iterator[None]:
     """Run ``model`` in evaluation mode, without a trace; errors are weft's, and say whose fault they are."""
-    modes = {m: m.training for m in model.modules()}
     try:
-        with preserved(model):
-            model.eval()
+        with evaluating(model):
             yield
     except (QuantizationError, PlanError) as error:
         raise PrecisionError(str(error)) from error
@@ -161,9 +159,6 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
     except (RuntimeError, TypeError, ValueError, IndexError, KeyError) as error:
         what = f"{type(error).__name__}: {error}"
         raise CalibrationError(f"the model's forward fails on a calibration batch: {what}") from error
-    finally:
-        for module, training in modes.items():
-            module.training = training
 
 
 def _candidates(

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import weft
 from weft.rewrite.errors import UndoError
+from weft.rewrite.example_media import trial
 from weft.rewrite.install import InstalledForward
 from weft.rewrite.state import preserved
 
@@ -280,6 +281,15 @@ def test_calls_that_leave_no_trace() -> None:
     assert model.norm.running_mean is mean and mean.abs().sum() == 0 and model.norm.num_batches_tracked == 0
     assert model.weight.data_ptr() == held and model.weight.shape == (3,)
     assert vars(model.weight) == {"note": "old"}
+
+
+def test_a_trial_leaves_no_trace_either() -> None:
+    model = Stateful().train()
+    held = model.weight.data_ptr()
+    found = trial(model, lambda: (model.training, torch.is_grad_enabled(), model(torch.randn(4, SIZE))))
+    assert found[:2] == (False, False) and found[2].shape == (4, SIZE)
+    assert (model.count, model.seen, model.norm.training, model.training) == (0, None, True, True)
+    assert model.weight.data_ptr() == held and model.weight.shape == (3,) and vars(model.weight) == {"note": "old"}
 
 
 def test_no_trace_is_left_where_the_call_fails() -> None:
