@@ -57,14 +57,20 @@ def run_pipeline(
     Raises:
         VerificationError: a pass left a malformed graph, or changed the type of an output.
     """
-    record.region.nodes_before += _count(module)
+    captured = _operations(module)
+    record.region.nodes_before += len(captured)
     for each in passes:
-        started = time.perf_counter()
+        started, before = time.perf_counter(), len(record.rewrites)
         for part in list(g.subgraphs(module)):
             _run_pass(each, part, verifier, record)
+        left = [n for n in captured if not n._erased]
+        if (
+            len(record.rewrites) > before
+        ):  # a pass without rewrites, such as one that drops what is idle, replaces nothing
+            record.region.nodes_covered += len(captured) - len(left)
+        captured = left
         record.seconds[each.name] = record.seconds.get(each.name, 0.0) + time.perf_counter() - started
-    record.region.nodes_after += _count(module)
-    record.region.nodes_covered += sum(r.nodes_removed for r in record.rewrites)
+    record.region.nodes_after += len(_operations(module))
 
 
 def _run_pass(each: Pass, module: fx.GraphModule, verifier: Verifier | None, record: GraphRecord) -> None:
@@ -89,5 +95,5 @@ def _output_types(module: fx.GraphModule) -> list[Any]:
     return [None if t is None else (t.dtype, t.ndim, t.device) for t in found]
 
 
-def _count(module: fx.GraphModule) -> int:
-    return sum(n.op in ("call_function", "call_method") for part in g.subgraphs(module) for n in part.graph.nodes)
+def _operations(module: fx.GraphModule) -> list[fx.Node]:
+    return [n for part in g.subgraphs(module) for n in part.graph.nodes if n.op in ("call_function", "call_method")]

@@ -15,9 +15,10 @@ from weft.rewrite.errors import VerificationError
 from weft.rewrite.match import Match
 from weft.rewrite.pipeline import Pass, Rules, run_pipeline
 from weft.rewrite.report import GraphRecord, RegionRecord
+from weft.rewrite.rule import RewriteRule, call
 
 from ..graphs import normal, targets, trace
-from .toy import FuseScaledSum, FuseSine, MergeExponentials
+from .toy import FuseScaledSum, FuseSine, MergeExponentials, sine_of_square
 
 X = {"x": normal(0, 3, 4, grad=True)}
 
@@ -39,6 +40,29 @@ def test_counts_and_times() -> None:
     )  # sin, mul → 1; two exp → call and 2 results
     assert record.region.nodes_covered == 4
     assert list(record.seconds) == ["first", "second"] and all(s >= 0 for s in record.seconds.values())
+
+
+def test_what_a_rewrite_made_and_another_replaced_is_not_counted_as_captured() -> None:
+    class FuseExponential(RewriteRule):
+        """exp(sine_of_square(x))  →  exp(sine_of_square(x)) in one call"""
+
+        name = "exponential"
+
+        def pattern(self, x: Any) -> Any:
+            return torch.exp(call(sine_of_square, x))
+
+        def rewrite(self, m: Any, x: Any) -> Any:
+            return call(exponential_of_sine, x)
+
+    module = trace(lambda x: torch.exp(torch.sin(x * x)) + torch.exp(x), X)
+    record = run(module, Rules("first", (FuseSine(),)), Rules("second", (FuseExponential(),)))
+    assert [(r.rule, r.nodes_removed) for r in record.rewrites] == [("sine", 2), ("exponential", 2)]
+    assert (record.region.nodes_before, record.region.nodes_covered, record.region.nodes_after) == (5, 3, 3)
+
+
+def exponential_of_sine(x: torch.Tensor) -> torch.Tensor:
+    """exp(sin(x²))"""
+    return torch.exp(sine_of_square(x))
 
 
 def test_the_order_of_passes_is_theirs() -> None:
