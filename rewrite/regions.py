@@ -54,12 +54,12 @@ def plan_sites(root: nn.Module, prefix: str = "") -> Plan:
     if not blocks:
         return Plan([Site(prefix, root, "region")])
     holders = _holders(root, blocks)
-    plan, chains = _plan(root, prefix, blocks, holders), _chains(holders, blocks)
-    if plan.root is not None or not chains:
+    plan, passed = _plan(root, prefix, blocks, holders), _passed(root, holders, blocks)
+    if plan.root is not None or not passed:
         return plan
-    through = _plan(root, prefix, blocks, {p: m for p, m in holders.items() if p not in chains})
+    through = _plan(root, prefix, blocks, {p: m for p, m in holders.items() if p not in passed})
     if through.root is None:
-        return plan
+        return through
     done = {id(s.module) for s in through.first}
     return Plan(through.first, through.root, tuple(s for s in plan.first if id(s.module) not in done), through.blocks)
 
@@ -79,9 +79,43 @@ def _plan(root: nn.Module, prefix: str, blocks: dict[str, nn.Module], holders: d
     return Plan(_once([*sites, *inner, *opaque]), top, tuple(sides.get("", ())), names)
 
 
+def _passed(root: nn.Module, holders: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> set[str]:
+    """The holders that a graph around them passes through, with nothing replaced there.
+
+    What an adapter library's wrapper, or anybody's, calls as it is may hold head and loss itself. And what a head computes goes
+    to whoever called its holder, so that one graph should have both: where a wrapper holds one that ends in a head, the holders
+    in that are passed through as well, whose interruption would be one of the graph around.
+    """
+    wrapped = dict(_wrapped(root, holders))
+    headed = [p for p, module in wrapped.items() if _ends_in_a_head(p, module, blocks)]
+    passed = {*wrapped, *_chains(holders, blocks), *(p for p in holders for h in headed if p.startswith(f"{h}."))}
+    return {p for p in passed if all(a in passed for a in _ancestors(p) if a and a in holders)}
+
+
+def _wrapped(root: nn.Module, holders: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
+    """From the root inwards, the holders that have all parameters of what is around them."""
+    path, module = "", root
+    while not any(True for _ in module.parameters(recurse=False)):
+        inner = [n for n, child in module.named_children() if any(True for _ in child.parameters())]
+        path = join(path, inner[0]) if len(inner) == 1 else ""
+        if path not in holders or not path:
+            return
+        module = holders[path]
+        yield path, module
+
+
+def _ends_in_a_head(path: str, holder: nn.Module, blocks: dict[str, nn.Module]) -> bool:
+    """Whether the last child of ``holder`` that has parameters holds a matrix, and neither is nor has a block.
+
+    The order in which children were assigned is no proof of what a forward does: it decides what is tried first, no more.
+    """
+    trained = [(join(path, n), child) for n, child in holder.named_children() if any(True for _ in child.parameters())]
+    last, module = trained[-1]
+    return not any(f"{b}.".startswith(f"{last}.") for b in blocks) and any(p.dim() > 1 for p in module.parameters())
+
+
 def _chains(holders: dict[str, nn.Module], blocks: dict[str, nn.Module]) -> set[str]:
-    """The ``nn.Sequential`` among the holders that end in something that is no block, such as the head: what it computes goes to
-    whoever called them, so that one graph should have both."""
+    """The ``nn.Sequential`` among the holders that end in something that is no block, such as the head."""
     found = set[str]()
     for path, module in holders.items():
         names = [name for name, _ in module.named_children()]
