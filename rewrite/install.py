@@ -1,124 +1,27 @@
 """Puts captured regions into one model instance, and takes them out again. Nothing global is patched.
 
-A replaced forward is an instance attribute. Pickled or copied, it turns into the class's own forward bound to the copy, so
-that ``copy.deepcopy`` and ``torch.save`` yield a model that works, unoptimized, with or without weft installed.
+A replaced forward is an instance attribute (:mod:`.forwards`).
 """
 
 from __future__ import annotations
 
-import copy
-import inspect
 import types
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from functools import update_wrapper
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 from torch._dynamo.exc import TorchDynamoException
-from torch._dynamo.utils import deepcopy_to_fake_tensor
-from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .alike import Alike, swapped
 from .cache import layer_number, narrow_caches, widen_caches
 from .capture import Session
 from .dynamo_settings import dynamo_settings
-from .errors import CaptureError
-from .kinds import LIKE, OTHER, Kind, form_of, kind_of, made_like
+from .forwards import InlineForward, InstalledForward
+from .kinds import LIKE
 from .ladder import TracedRun
 from .regions import Site
-
-
-class InstalledForward:
-    """A replaced forward. Its signature is the original's, which Trainer and ``generate`` inspect."""
-
-    def __init__(self, module: nn.Module, run: Callable[..., Any], original: Callable[..., Any]) -> None:
-        self.module = module
-        self.run = run
-        self.original = original
-        self.previous = vars(module).get("forward")
-        self.captures = True
-        update_wrapper(self, original, updated=())
-        self.__signature__ = inspect.signature(original)
-
-    @torch.compiler.disable(recursive=False)
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.run(*args, **kwargs)
-
-    def remove(self) -> None:
-        """Give the module its former forward back; a forward that was put around this one later stays, and finds it there."""
-        self.run = self.original
-        held = vars(self.module)
-        if held.get("forward") is self and self.previous is not None:
-            held["forward"] = self.previous
-        elif held.get("forward") is self:
-            del held["forward"]
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        # the module that is being unpickled has no attributes yet: this finds the forward of its class
-        return (getattr, (self.module, "forward")) if self.previous is None else (_same, (self.previous,))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        copied = memo.get(id(self.module))
-        if copied is None:
-            return self
-        return copied.forward if self.previous is None else copy.deepcopy(self.previous, memo)
-
-
-def _same(forward: Any) -> Any:
-    return forward
-
-
-class InlineForward(InstalledForward):
-    """A replaced forward that is one call in any graph that Dynamo captures around it.
-
-    For Dynamo the result is what such a call returned before: a tensor like the first tensor argument, or a tuple of such and of
-    single numbers. Every call checks that it was.
-    """
-
-    def __init__(self, module: nn.Module, run: Callable[..., Any], original: Callable[..., Any]) -> None:
-        super().__init__(module, run, original)
-        # The code of a graph looks up by name what says that it comes from torch, as the forward of nn.Sequential does.
-        self.__module__ = __name__
-        self.kinds: dict[Any, Kind] = {}
-        torch._dynamo.allow_in_graph(self)
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
-        call = (self.module.training, torch.is_grad_enabled(), form_of((args, kwargs)))
-        if isinstance(given, FakeTensor):
-            return made_like(self._expected(call) or self._foreseen(call, given, args, kwargs), given)
-        result = self.run(*args, **kwargs)
-        if self.run is self.original:
-            return result
-        kind = kind_of(result, given)
-        if (self._expected(call) or kind) not in (kind, OTHER):
-            raise CaptureError(
-                f"{type(self.module).__name__} returned {'a tensor' if isinstance(result, Tensor) else 'something'} unlike its "
-                "input, which it did not when it was captured: call undo() and pass optimize() an example of this call"
-            )
-        self.kinds[call] = kind
-        return result
-
-    def keeps_type(self) -> bool:
-        """Whether it ran, and returned what Dynamo can be told of each time."""
-        return bool(self.kinds) and OTHER not in self.kinds.values()
-
-    def _expected(self, call: Any) -> Kind | None:
-        """What such a call returned; a block that returns plain tensors is taken to do so always."""
-        return self.kinds.get(call) or (LIKE if set(self.kinds.values()) == {LIKE} else None)
-
-    def _foreseen(self, call: Any, given: FakeTensor, args: Any, kwargs: Any) -> Kind:
-        """What a call of a new form will return, such as the first one for evaluation: found with fake parameters."""
-        with unset_fake_temporarily():  # the copy reads real parameters
-            module = deepcopy_to_fake_tensor(self.module, given.fake_mode)
-        kind = kind_of(type(module).forward(module, *args, **kwargs), given)
-        if kind == OTHER:
-            raise NotImplementedError(f"{type(self.module).__name__} returns what no graph around it can hold")
-        self.kinds[call] = kind
-        return kind
 
 
 def _own_error(original: Callable[..., Any], args: Any, kwargs: Any) -> Exception | None:
@@ -167,7 +70,8 @@ class Installation:
         kind = InlineForward if site.role == "inline" else InstalledForward
         forward = kind(site.module, run, original)
         forward.captures = site.role != "opaque"
-        self.replaced[site.path] = site.module.__dict__["forward"] = forward
+        self.replaced[site.path] = forward
+        site.module.__dict__["forward"] = forward.shown
 
     def inline_blocks_keep_type(self) -> bool:
         """Whether every inline block ran and returned what Dynamo can be told of."""

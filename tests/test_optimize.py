@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import gc
 import io
 import weakref
@@ -26,6 +27,7 @@ from .models import (
     in_four_bits,
     llama,
     outcome,
+    quickly,
     twin,
     with_lora,
 )
@@ -267,3 +269,26 @@ def test_a_model_that_goes_is_freed() -> None:
     del model
     gc.collect()
     assert [ref() for ref in gone] == [None] * 3
+
+
+@pytest.mark.parametrize("undone", [False, True])
+@pytest.mark.parametrize("make", [RootLoop, Nested, NoBlocks])
+def test_a_model_by_hand_that_goes_is_freed(make: Any, undone: bool) -> None:
+    """Whether or not its blocks are calls in a graph around them."""
+    model = quickly(make())
+    model(**batch(2, 7)).loss.backward()
+    if undone:
+        weft.undo(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    assert gone() is None
+
+
+def test_a_block_that_outlives_its_model_works() -> None:
+    model = quickly(RootLoop())
+    block, plain, x = model.blocks[1], RootLoop().blocks[1], torch.linspace(-1, 1, 96).view(2, 3, 16)
+    del model
+    gc.collect()
+    torch.testing.assert_close(block(x), plain(x))
+    torch.testing.assert_close(copy.deepcopy(block)(x), plain(x))

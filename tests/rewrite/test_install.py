@@ -19,7 +19,7 @@ from torch import Tensor, nn
 import weft
 from weft.rewrite.errors import UndoError
 from weft.rewrite.example_media import trial
-from weft.rewrite.install import InstalledForward
+from weft.rewrite.forwards import InlineCall, InstalledForward
 from weft.rewrite.state import preserved
 
 SIZE = 8
@@ -73,7 +73,9 @@ def optimized() -> Model:
 
 def forwards(model: nn.Module) -> list[str]:
     """The paths whose forward is replaced."""
-    return [path for path, m in model.named_modules() if isinstance(vars(m).get("forward"), InstalledForward)]
+    return [
+        path for path, m in model.named_modules() if isinstance(vars(m).get("forward"), InstalledForward | InlineCall)
+    ]
 
 
 def test_signatures_names_and_documentation_stay() -> None:
