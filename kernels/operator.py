@@ -28,6 +28,8 @@ import torch
 from torch import Tensor
 from torch.autograd import profiler
 
+from weft.errors import WeftError
+
 from .dispatch import records
 
 P = ParamSpec("P")
@@ -40,6 +42,10 @@ CHECKED = False
 
 _PLAIN = (Tensor, torch.nn.Parameter)
 _UNSEEN = getattr(Tensor, "__torch_dispatch__")  # noqa: B009 (no type checker can bind it)
+
+
+class TwiceDifferentiatedError(WeftError, RuntimeError):
+    """A gradient of a gradient was asked for, and the operators that compute gradients have none."""
 
 
 def operator(name: str, adds: str | None = None) -> Callable[[Callable[P, R]], Operator[P, R]]:
@@ -197,7 +203,10 @@ class _Node(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         me = ctx.operator
         if me.backward is None:
-            raise RuntimeError(f"{me.name} has no gradient: nothing can be differentiated twice through it")
+            raise TwiceDifferentiatedError(
+                f"{me.name} has no gradient, and a gradient that was taken with create_graph=True is being differentiated "
+                "through it: call undo(model) before gradients of its gradients are taken"
+            )
         found = me.backward(ctx, list(grads)) if me.returns_list else me.backward(ctx, *grads)
         found = found if isinstance(found, tuple) else (found,)
         return None, None, None, *(me.flatten(found) if ctx.lengths else found)

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .errors import OptionError, UnsupportedModelError
 
@@ -15,7 +16,7 @@ def check_model(model: Any) -> None:
 
     Raises:
         OptionError: not an ``nn.Module``.
-        UnsupportedModelError: no parameters, meta or offloaded weights, several devices, compiled already.
+        UnsupportedModelError: no parameters, meta, offloaded or uninitialized weights, several devices, compiled already.
     """
     if not isinstance(model, nn.Module):
         raise OptionError(f"optimize() takes a torch.nn.Module, not {type(model).__name__}")
@@ -64,6 +65,8 @@ def _moves_weights(hook: Any, module: nn.Module) -> bool:
 def _check_weights(model: nn.Module) -> None:
     devices: dict[torch.device, str] = {}
     for name, held in (*model.named_parameters(), *model.named_buffers()):
+        if is_lazy(held):
+            raise UnsupportedModelError(f"{name} has no shape yet: call the model once before optimize()")
         if held.is_meta:
             raise UnsupportedModelError(f"{name} is on the meta device: load the weights before optimize()")
     for name, parameter in model.named_parameters():
@@ -78,12 +81,22 @@ def _check_weights(model: nn.Module) -> None:
 
 
 def check_gradients(model: nn.Module) -> None:
-    """Refuse to train through weights that pass no gradient on.
+    """Refuse to train where autograd records nothing, or through weights that pass no gradient on.
 
     Raises:
-        UnsupportedModelError: 4-bit weights that were repacked for inference.
+        OptionError: under ``torch.inference_mode()``.
+        UnsupportedModelError: weights made under it, or 4-bit weights that were repacked for inference.
     """
+    if torch.is_inference_mode_enabled():
+        raise OptionError(
+            'mode is "train", and torch.inference_mode() is on: call optimize() outside of it, or with mode="inference"'
+        )
     for name, parameter in model.named_parameters():
+        if parameter.is_inference():
+            raise UnsupportedModelError(
+                f"{name} was made under torch.inference_mode(), and autograd records nothing of it: make or load the model "
+                'outside of it before optimize(), or optimize(mode="inference")'
+            )
         if getattr(getattr(parameter, "quant_state", None), "packing_format_for_cpu", False):
             raise UnsupportedModelError(
                 f"bitsandbytes repacked {name} when the model ran in evaluation mode on this CPU, and passes no gradient "

@@ -61,7 +61,7 @@ def test_what_is_no_module(model: Any) -> None:
 @pytest.mark.parametrize("options", [
     {"mode": "eval"}, {"mode": True}, {"passes": "rms_norm"}, {"passes": 5}, {"passes": [FuseRmsNorm()]},
     {"precision": 4}, {"memory": "much"}, {"memory": "6GB", "mode": "inference"}, {"calibration": []}, {"keep_weights": True},
-    {"cuda_graphs": "all"},
+    {"cuda_graphs": "all"}, {"verify": "yes"}, {"verify": 1}, {"verify": None}, {"keep_weights": "no"},
 ], ids=lambda options: "-".join((*options, type(next(iter(options.values()))).__name__)))  # fmt: skip
 def test_options_of_wrong_types_and_values(options: dict[str, Any]) -> None:
     refused(Plain(), OptionError, next(iter(options)), **options)
@@ -94,6 +94,48 @@ def test_weights_on_the_meta_device() -> None:
     model = Plain()
     model.out = nn.Linear(4, 4, device="meta")
     refused(model, UnsupportedModelError, r"out\.weight is on the meta device: load")
+
+
+@pytest.mark.parametrize("mode", ["train", "inference"])
+def test_weights_without_a_shape(mode: str) -> None:
+    model = Plain()
+    model.out = nn.LazyLinear(4)
+    refused(model, UnsupportedModelError, r"out\.weight has no shape yet: call the model once", mode=mode)
+    assert isinstance(model.out, nn.LazyLinear)
+
+
+def test_training_under_inference_mode() -> None:
+    model = Plain()
+    with torch.inference_mode():
+        refused(model, OptionError, r"torch\.inference_mode\(\) is on: call optimize\(\) outside of it")
+        weft.optimize(model, mode="inference", example_inputs=EXAMPLE)
+        assert [r.rule for r in model.rewrite_report.rewrites] == ["rms_norm"]
+
+
+def test_weights_made_under_inference_mode() -> None:
+    with torch.inference_mode():
+        model = Plain()
+    refused(model, UnsupportedModelError, r"norm\.weight was made under torch\.inference_mode\(\)")
+    weft.optimize(model, mode="inference", example_inputs=EXAMPLE)
+    with torch.no_grad():
+        torch.testing.assert_close(model(**EXAMPLE), Plain()(**EXAMPLE))
+
+
+def test_gradients_of_gradients_are_refused() -> None:
+    model = weft.optimize(Plain(), example_inputs=EXAMPLE)
+    x = normal_rows().requires_grad_()
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    with pytest.raises(WeftError, match=r"rms_norm_backward has no gradient.* call undo\(model\)"):
+        gradient.square().sum().backward()
+    weft.undo(model)
+    (gradient,) = torch.autograd.grad(model(x).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert x.grad is not None
+
+
+def normal_rows() -> Tensor:
+    """Some rows that ``Plain`` takes."""
+    return torch.linspace(-1, 2, 12).view(3, 4)
 
 
 def test_buffers_on_the_meta_device() -> None:

@@ -98,7 +98,7 @@ def optimize(
     """
     check_model(model)
     mode = _mode(model, mode)
-    _check_options(precision, calibration, keep_weights, cuda_graphs)
+    _check_options(precision, calibration, verify=verify, keep_weights=keep_weights, cuda_graphs=cuda_graphs)
     limit = _limit(model, mode, memory)
     root = innermost(model)
     if _optimized(root) is not None:
@@ -198,12 +198,13 @@ def _limit(model: nn.Module, mode: str, memory: str | int | None) -> Limit | Non
         raise OptionError(f'memory takes bytes, text such as "24GB", or "min": {error}') from error
 
 
-def _check_options(precision: Any, calibration: Any, keep_weights: Any, cuda_graphs: Any) -> None:
-    if not isinstance(cuda_graphs, bool):
-        raise OptionError(f"cuda_graphs is True or False, not {cuda_graphs!r}")
+def _check_options(precision: Any, calibration: Any, **switches: Any) -> None:
+    for name, switch in switches.items():
+        if not isinstance(switch, bool):
+            raise OptionError(f"{name} is True or False, not {switch!r}")
     if precision is not None and not isinstance(precision, PrecisionBudget | PrecisionPlan):
         raise OptionError(f"precision takes a PrecisionBudget or a PrecisionPlan, not a {type(precision).__name__}")
-    if precision is None and (calibration is not None or keep_weights):
+    if precision is None and (calibration is not None or switches["keep_weights"]):
         raise OptionError("calibration and keep_weights belong to precision: give a PrecisionBudget or a PrecisionPlan")
 
 
