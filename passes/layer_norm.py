@@ -19,14 +19,14 @@ class FuseLayerNorm(RewriteRule):
 
     name = "layer_norm"
     variants = {
-        "form": ("library", "by hand", "by hand, c(rw)"),
+        "form": ("library", "by hand", "by hand, c(rw)", "by hand, (cw)r"),
         "weight": ("none", "w", "1 + w"),
         "bias": (False, True),
     }
 
     def pattern(self, x: Any, w: Any, b: Any, eps: Any, shape: Any, *, form: str, weight: str, bias: bool) -> Any:
         """``F.layer_norm``, alone or with an affine map of its own behind it, and the formula written out."""
-        if form == "by hand, c(rw)" and weight == "none":
+        if form in ("by hand, c(rw)", "by hand, (cw)r") and weight == "none":
             return None
         if form == "library" and weight == "none":
             return None if bias else F.layer_norm(x, shape, w, b, eps)
@@ -37,6 +37,7 @@ class FuseLayerNorm(RewriteRule):
             factors = [torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)]
         if weight != "none":
             factors.append(w if weight == "w" else 1 + w)
+        factors = factors[::-1] if form.endswith("(cw)r") else factors
         for factor in [factors[0] * factors[1]] if form.endswith("c(rw)") else factors:
             y = y * factor
         return y + b if bias else y

@@ -22,6 +22,8 @@ ROOTS = {
     "none": lambda m, eps: torch.rsqrt(m),
 }
 """Where people put eps: each is a function of the mean square."""
+SCALED = ("outside", "clamp")
+"""Where the root may be a constant factor off: that of a sum is, and an unbiased standard deviation."""
 
 WEIGHTS = {"none": None, "w": lambda w: w, "1 + w": lambda w: 1 + w}
 ORDERS = {
@@ -35,10 +37,19 @@ class FuseRmsNorm(RewriteRule):
     """x · r(mean x²) · w  →  rms_norm(x, w, eps)"""
 
     name = "rms_norm"
-    variants = {"form": ("library", "normalize", *ROOTS), "weight": tuple(WEIGHTS), "order": tuple(ORDERS)}
+    variants = {
+        "form": ("library", "normalize", *ROOTS),
+        "scaled": (False, True),
+        "weight": tuple(WEIGHTS),
+        "order": tuple(ORDERS),
+    }
 
-    def pattern(self, x: Any, w: Any, eps: Any, shape: Any, scale: Any, *, form: str, weight: str, order: str) -> Any:
+    def pattern(
+        self, x: Any, w: Any, eps: Any, shape: Any, scale: Any, *, form: str, scaled: bool, weight: str, order: str
+    ) -> Any:
         """Every place of eps, with and without weight, multiplied in every order; ``F.rms_norm``; ``F.normalize · √d``."""
+        if scaled and form not in SCALED:
+            return None
         if order != "(xr)w" and (weight == "none" or form in ("library", "normalize")):
             return None
         if form == "library" and weight == "none":
@@ -47,6 +58,7 @@ class FuseRmsNorm(RewriteRule):
             y = F.rms_norm(x, shape, None, eps) if form == "library" else F.normalize(x, 2.0, -1, eps) * scale
             return y if weight == "none" else y * WEIGHTS[weight](w)
         r = ROOTS[form](x.pow(2).mean(-1, keepdim=True), eps)
+        r = r * scale if scaled else r
         return x * r if weight == "none" else ORDERS[order](x, r, WEIGHTS[weight](w))
 
     def check(self, m: Match) -> Refusal | None:
@@ -63,6 +75,8 @@ class FuseRmsNorm(RewriteRule):
             return self.refuse(m, "eps is computed by the graph, not a constant")
         if m.form == "library" and tuple(m.shape) != (size,):
             return self.refuse(m, "it normalizes over several dimensions")
+        if m.scaled and not isinstance(m.scale, float | int):
+            return self.refuse(m, "the norm is scaled by what the graph computes")
         if m.form == "normalize" and not _is_root(m.scale, fixed_size(m.x)):
             return self.refuse(m, "the factor after F.normalize is not the square root of the size")
         return None
@@ -71,7 +85,8 @@ class FuseRmsNorm(RewriteRule):
         """The operator, returning what the matched code returned."""
         mode, eps = _eps(m)
         offset = 1.0 if m.weight == "1 + w" else 0.0
-        return call(rms_norm, x, w, eps, offset=offset, eps_mode=mode, dtype=dtype_of(m.root))
+        y = call(rms_norm, x, w, eps, offset=offset, eps_mode=mode, dtype=dtype_of(m.root))
+        return y * float(m.scale) if m.scaled else y
 
 
 def _is_root(scale: Any, size: int | None) -> bool:

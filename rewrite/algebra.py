@@ -13,6 +13,7 @@ from . import (
     algebra_broadcasts,
     algebra_complex,
     algebra_exponentials,
+    algebra_lengths,
     algebra_losses,
     algebra_masks,
     algebra_norms,
@@ -26,9 +27,9 @@ from .equation import REGISTERED, Equation, Site
 from .expr import Expr, View
 
 THEMES = (
-    algebra_rows, algebra_broadcasts, algebra_losses, algebra_masks, algebra_reductions, algebra_norms, algebra_exponentials,
-    algebra_activations, algebra_adapters, algebra_arithmetic, algebra_parts, algebra_complex, algebra_shapes,
-    algebra_products,
+    algebra_rows, algebra_broadcasts, algebra_losses, algebra_masks, algebra_reductions, algebra_lengths, algebra_norms,
+    algebra_exponentials, algebra_activations, algebra_adapters, algebra_arithmetic, algebra_parts, algebra_complex,
+    algebra_shapes, algebra_products,
 )  # fmt: skip
 """In this order, and within one from top to bottom, equations of one operation are tried."""
 

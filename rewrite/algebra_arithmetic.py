@@ -83,10 +83,10 @@ def _opposite(v: View, x: Any, y: Any) -> tuple[Any, Any] | None:
     return (v.make("neg", x), second.args[0]) if second else None
 
 
-@equation("addcmul")
+@equation("addcmul", "addcdiv")
 def product_added(v: View, at: Site, x: Any, y: Any, z: Any, value: Any = 1) -> Expr | None:
-    """addcmul(x, y, z, c) = x + c·y·z"""
-    product = v.make("mul", y, z)
+    """addcmul(x, y, z, c) = x + c·y·z;  addcdiv(x, y, z, c) = x + c·y/z"""
+    product = v.make("mul", y, z) if at.op == "addcmul" else v.make("div", y, z, None)
     return v.make("add", x, product if value == 1 else v.make("mul", product, value), node=at.node)
 
 

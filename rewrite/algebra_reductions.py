@@ -59,12 +59,15 @@ def dot_product(v: View, at: Site, x: Any, y: Any, dim: Any, *_: Any) -> Expr | 
 
 @equation("var", "std")
 def variance(v: View, at: Site, x: Any, dim: Any, unbiased: Any, keepdim: Any, correction: Any) -> Expr | None:
-    """var x = mean (x − mean x)²  for the biased variance"""
-    if not (unbiased is False or correction == 0):
+    """var x = mean (x − mean x)²;  where k is taken off the count n, n/(n − k) times as much"""
+    dim, n = from_the_end(dim, x), last_size(x)
+    off = 0 if unbiased is False else 1 if correction is None else correction
+    if off and (at.op == "var" or dim != -1 or not isinstance(off, int) or n is None or n <= off):
         return None
-    dim = from_the_end(dim, x)
     centred = v.make("sub", x, v.intern("mean", (x, dim, True)))
     found = v.intern("mean", (v.make("square", centred), dim, keepdim))
+    if off and n is not None:
+        return v.make("mul", v.make("sqrt", found), math.sqrt(n / (n - off)), node=at.node)
     return v.make("sqrt", found, node=at.node) if at.op == "std" else found
 
 
@@ -108,10 +111,12 @@ def one_of_two_moments(v: View, at: Site, x: Any, index: Any) -> Expr | None:
     return v.make(moments.op[:3], y, dim, unbiased, keepdim, correction, node=at.node)
 
 
-@equation("norm", "vector_norm")
+@equation("norm", "vector_norm", "linalg_norm")
 def euclidean_norm(v: View, at: Site, x: Any, p: Any, dim: Any, keepdim: Any, *_: Any) -> Expr | None:
-    """‖x‖ = √(Σ x²)"""
+    """‖x‖ = √(Σ x²), which over two dimensions ``linalg.norm`` is not"""
     if p not in (2, 2.0, None, "fro") or dim is None:
+        return None
+    if at.op == "linalg_norm" and isinstance(dim, tuple | list) and len(dim) != 1:
         return None
     return v.make("sqrt", v.intern("sum", (v.make("square", x), from_the_end(dim, x), keepdim)), node=at.node)
 

@@ -23,6 +23,7 @@ rsub(x, y, alpha=1)                                                          | _
 mul(x, y)                                                                    | imul mul_ multiply
 div(x, y, rounding_mode=None)                                                | truediv itruediv div_ divide true_divide
 addcmul(x, y, z, value=1)                                                    | addcmul_
+addcdiv(x, y, z, value=1)                                                    | addcdiv_
 neg(x)                                                                       | negative
 pow(x, y)                                                                    | pow_ ipow
 square(x)                                                                    |
@@ -59,6 +60,7 @@ var_mean(x, dim=None, unbiased=None, keepdim=False, correction=None)         |
 std_mean(x, dim=None, unbiased=None, keepdim=False, correction=None)         |
 norm(x, p=2, dim=None, keepdim=False, out=None, dtype=None)                  |
 vector_norm(x, ord=2, dim=None, keepdim=False, dtype=None, out=None)         | linalg_vector_norm
+linalg_norm(x, ord=None, dim=None, keepdim=False, out=None, dtype=None)        |
 vecdot(x, y, dim=-1, out=None)                                               | linalg_vecdot
 normalize(x, p=2.0, dim=1, eps=1e-12, out=None)                              |
 softmax(x, dim=None, _stacklevel=3, dtype=None)                              | special_softmax

@@ -165,6 +165,28 @@ def test_folded_into_a_gain_and_a_shift(name: str, dtype: torch.dtype) -> None:
     assert targets(module)[-1] == "layer_norm" and not {"mul", "add", "sub"} & set(targets(module)), module.graph
 
 
+WEIGHTED_FIRST = {
+    "w·c / s + b": lambda c, s, w, b: w * c / s + b,
+    "b + (c·w) / s": lambda c, s, w, b: b + c * w / s,
+    "addcdiv": lambda c, s, w, b: torch.addcdiv(b, c * w, s),
+    "(1 + w)·c / s + b": lambda c, s, w, b: (1 + w) * c / s + b,
+    "no bias": lambda c, s, w, b: w * c * (1 / s),
+    "addcmul": lambda c, s, w, b: torch.addcmul(b, w * c, s.reciprocal()),
+}
+"""γ·(x − mean x) over the root, as papers write it."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", WEIGHTED_FIRST)
+def test_weighted_before_it_is_divided(name: str, dtype: torch.dtype) -> None:
+    def norm(x: Any, w: Any, b: Any) -> Any:
+        root = torch.sqrt(x.var(-1, unbiased=False, keepdim=True) + EPS)
+        return WEIGHTED_FIRST[name](x - x.mean(-1, keepdim=True), root, w, b)
+
+    module, _ = check(norm, inputs_of((2, 3, 8), dtype, dtype), RULES, count=1, terms=8, verify=True)
+    assert targets(module)[-1] == "layer_norm" and not {"mul", "add", "sub"} & set(targets(module)), module.graph
+
+
 NEAR = {
     "folded, another mean": lambda x, y, w, e: x * factor(x, _mean(x)) - _mean(y) * factor(x, _mean(x)),
     "folded, another factor": lambda x, y, w, e: x * factor(x, _mean(x)) - _mean(x) * factor(y, _mean(y)),

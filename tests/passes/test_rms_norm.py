@@ -146,6 +146,9 @@ NEAR = {
     "no root": lambda x, y, w, e: x * (x.pow(2).mean(-1, keepdim=True) + EPS) * w,
     "cubes": lambda x, y, w, e: x * torch.rsqrt(x.pow(3).abs().mean(-1, keepdim=True) + EPS) * w,
     "sum": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) + EPS) * w,
+    "length over two dimensions": lambda x, y, w, e: x / (torch.linalg.norm(x, dim=(-2, -1), keepdim=True) + EPS) * w,
+    "length of another tensor": lambda x, y, w, e: x / (y.norm(dim=-1, keepdim=True) + EPS) * w,
+    "length and a tensor": lambda x, y, w, e: x / (x.norm(dim=-1, keepdim=True) + e) * w,
     "divided by another number": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).sum(-1, keepdim=True) / 3 + EPS) * w,
     "no keepdim": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).mean(-1) + EPS) * w,
     "eps is a tensor": lambda x, y, w, e: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + e) * w,
@@ -191,6 +194,10 @@ LIBRARY = {
     "normalize, root behind the weight": lambda x, w: F.normalize(x, dim=-1) * w * 8**0.5,
     "vecdot": lambda x, w: x * torch.rsqrt(torch.linalg.vecdot(x, x).unsqueeze(-1) / 8 + EPS) * w,
     "sum": lambda x, w: x * w / torch.sqrt((x * x).sum(-1, keepdim=True) * (1 / 8) + EPS),
+    "length and eps": lambda x, w: 8**0.5 * x / (torch.linalg.norm(x, dim=-1, keepdim=True) + EPS) * w,
+    "length and eps, root behind": lambda x, w: w * (x / (x.norm(dim=-1, keepdim=True) + EPS)) * 8**0.5,
+    "length and eps, root on the weight": lambda x, w: x / (x.norm(dim=-1, keepdim=True) + EPS) * (w * 8**0.5),
+    "length bounded": lambda x, w: x / x.norm(dim=-1, keepdim=True).clamp(min=EPS) * 8**0.5 * w,
 }
 
 
@@ -200,6 +207,26 @@ def test_spellings_by_library_functions(name: str, dtype: torch.dtype) -> None:
     inputs = {"x": normal(0, 3, 8, dtype=dtype, grad=True), "w": normal(1, 8, dtype=dtype, grad=True)}
     module, _ = check(LIBRARY[name], inputs, RULES, terms=8)
     assert targets(module).count("rms_norm") == 1 and "mul" not in targets(module), module.graph
+
+
+SCALED = {
+    "length 1": lambda x, w: x / (x.norm(dim=-1, keepdim=True) + EPS) * w,
+    "length 1, bounded": lambda x, w: w * (x / x.norm(dim=-1, keepdim=True).clamp_min(EPS)),
+    "length 1, no weight": lambda x, w: x / (x.pow(2).sum(-1, keepdim=True).sqrt() + EPS),
+    "length 3": lambda x, w: x / (x.norm(dim=-1, keepdim=True) + EPS) * 3 * w,
+    "unbiased": lambda x, w: w * (x - x.mean(-1, keepdim=True)) / (x.std(-1, keepdim=True) + EPS) + w,
+    "unbiased, weight behind": lambda x, w: (x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + EPS) * w,
+    "two taken off": lambda x, w: (x - x.mean(-1, True)) / torch.std(x, -1, correction=2, keepdim=True).clamp(EPS) * w,
+}
+"""A constant times a norm."""
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SCALED)
+def test_lengths_that_are_a_factor_off(name: str, dtype: torch.dtype) -> None:
+    inputs = {"x": normal(0, 3, 8, dtype=dtype, grad=True), "w": normal(1, 8, dtype=dtype, grad=True)}
+    module, _ = check(SCALED[name], inputs, RULES, count=1, terms=8, verify=True)
+    assert not {"norm", "std", "div", "truediv"} & set(targets(module)), module.graph
 
 
 def test_norms_one_after_another_and_verified() -> None:

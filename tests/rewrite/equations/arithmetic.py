@@ -21,6 +21,7 @@ EQUAL: Cases = {
     "product_added": [
         (lambda x, y: torch.addcmul(x, x, y), lambda x, y: x + x * y),
         (lambda x, y: torch.addcmul(x, x, y, value=0.5), lambda x, y: x + (x * y) * 0.5),
+        (lambda x, y: torch.addcdiv(x, x, y, value=0.5), lambda x, y: x + (x / y) * 0.5),
     ],
     "scaled_addend": [
         (lambda x, y: torch.add(x, y, alpha=3), lambda x, y: x + y * 3),

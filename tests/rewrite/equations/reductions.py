@@ -21,6 +21,8 @@ EQUAL: Cases = {
         (lambda x: x.var(-1, unbiased=False, keepdim=True), lambda x: (x - x.mean(-1, True)).pow(2).mean(-1, True)),
         (lambda x: torch.std(x, -1, correction=0, keepdim=True), lambda x: x.var(2, correction=0, keepdim=True).sqrt()),
         (lambda x: x.var(-1, correction=0), lambda x: (x - x.mean(-1, True)).square().mean(-1)),
+        (lambda x: x.std(-1, keepdim=True), lambda x: x.std(-1, correction=0, keepdim=True) * 1.2**0.5),
+        (lambda x: torch.std(x, 2, correction=2), lambda x: x.std(-1, unbiased=False) * 1.5**0.5),
     ],
     "centred_again": [
         (lambda x: (x - x.mean(-1, True)) - (x - x.mean(-1, True)).mean(-1, True), lambda x: x - x.mean(-1, True)),
@@ -42,5 +44,6 @@ EQUAL: Cases = {
     "euclidean_norm": [
         (lambda x: x.norm(2, dim=-1, keepdim=True), lambda x: (x * x).sum(-1, True).sqrt()),
         (lambda x: torch.linalg.vector_norm(x, dim=2, keepdim=True), lambda x: x.norm(dim=-1, keepdim=True)),
+        (lambda x: torch.linalg.norm(x, dim=-1, keepdim=True), lambda x: x.norm(dim=-1, keepdim=True)),
     ],
 }  # fmt: skip

@@ -1,0 +1,81 @@
+"""Equations of lengths √Σx² that eps is added to, or that it bounds: a norm divides by them as by the root of a mean.
+
+What differs is a constant factor, which is brought out of the reciprocal, to where it may meet its own reciprocal.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from .algebra_reductions import summed
+from .equation import Site, equation, is_number, numeric_factor, op_of
+from .expr import Expr, View
+
+DEEPEST = 4
+"""How many products inside one another are searched for a factor."""
+
+
+@equation("add", "clamp_min")
+def bounded_length(v: View, at: Site, x: Any, y: Any, alpha: Any = 1) -> Expr | None:
+    """c·√Σx² + ε = (√mean x² + ε/s)·s,  max(c·√Σx², ε) = max(√mean x², ε/s)·s  where  s = c·√n"""
+    for length, eps in ((x, y), (y, x)) if at.op == "add" else ((x, y),):
+        root, scale = _root_and_scale(v, length) if is_number(eps) and alpha == 1 else (None, 1.0)
+        if root is not None and scale > 0 and scale != 1:
+            return v.make("mul", v.make(at.op, root, eps / scale), scale, node=at.node)
+    return None
+
+
+def _root_and_scale(v: View, length: Any) -> tuple[Expr | None, float]:
+    """√mean x² and s where ``length`` is its product with s; None for anything else."""
+    inner, scale = numeric_factor(length)
+    root = op_of(inner, "sqrt")
+    total = op_of(root.args[0], "sum", "mean") if root is not None else None
+    if root is None or total is None or op_of(total.args[0], "square") is None:
+        return None, 1.0
+    if total.op == "mean":
+        return root, scale or 1.0
+    n = summed(total)
+    return (v.make("sqrt", v.make("mean", *total.args[:3], None)), (scale or 1.0) * math.sqrt(n)) if n else (None, 1.0)
+
+
+@equation("reciprocal")
+def reciprocal_of_a_scaled_length(v: View, at: Site, x: Any) -> Expr | None:
+    """1/(y·s) = (1/y)·(1/s)  of a length y with its eps, and a number s"""
+    inner, scale = numeric_factor(x)
+    y = op_of(inner, "add", "clamp_min") if scale else None
+    if y is None or scale is None or not any(op_of(a, "sqrt") for a in y.args):
+        return None
+    return v.make("mul", v.make("reciprocal", y), 1.0 / scale, node=at.node)
+
+
+@equation("mul")
+def factors_that_cancel(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """(x·(r·c))·(y·d) = (x·r)·y  where c·d = 1, and r is a reciprocal"""
+    for product, other in ((x, y), (y, x)) if not v.pattern else ():
+        rest, d = (None, other) if is_number(other) else numeric_factor(other)
+        found = _without(v, product, 1.0 / d) if d else None
+        if found is not None:
+            both = (found, rest) if product is x else (rest, found)
+            return _here(v, found, at) if rest is None else v.make("mul", *both, node=at.node)
+    return None
+
+
+def _without(v: View, product: Any, factor: float, depth: int = DEEPEST) -> Expr | None:
+    """``product`` without the number ``factor`` beside a reciprocal in it."""
+    inner = op_of(product, "mul") if depth else None
+    if inner is None:
+        return None
+    first, second = inner.args
+    for a, b in ((first, second), (second, first)):
+        if is_number(b) and op_of(a, "reciprocal") and math.isclose(b, factor, rel_tol=1e-6):
+            return a
+        found = _without(v, a, factor, depth - 1)
+        if found is not None:
+            return v.make("mul", *((found, b) if a is first else (b, found)))
+    return None
+
+
+def _here(v: View, found: Expr, at: Site) -> Expr:
+    """``found`` as what the node of ``at`` computes."""
+    return v.intern(found.op, found.args, at.node)
