@@ -22,8 +22,6 @@ ROOTS = {
     "none": lambda m, eps: torch.rsqrt(m),
 }
 """Where people put eps: each is a function of the mean square."""
-SCALED = ("outside", "clamp")
-"""Where the root may be a constant factor off: that of a sum is, and an unbiased standard deviation."""
 
 WEIGHTS = {"none": None, "w": lambda w: w, "1 + w": lambda w: 1 + w}
 ORDERS = {
@@ -48,7 +46,9 @@ class FuseRmsNorm(RewriteRule):
         self, x: Any, w: Any, eps: Any, shape: Any, scale: Any, *, form: str, scaled: bool, weight: str, order: str
     ) -> Any:
         """Every place of eps, with and without weight, multiplied in every order; ``F.rms_norm``; ``F.normalize · √d``."""
-        if scaled and form not in SCALED:
+        if (
+            scaled and form not in ROOTS
+        ):  # the root may be a constant factor off: that of a sum is, and an unbiased deviation
             return None
         if order != "(xr)w" and (weight == "none" or form in ("library", "normalize")):
             return None

@@ -1,4 +1,5 @@
-"""Equations of lengths √Σx² that eps is added to, or that it bounds: a norm divides by them as by the root of a mean.
+"""Equations of lengths √Σx², alone or with an eps that is added to them or bounds them: a norm divides by them as by the root
+of a mean.
 
 What differs is a constant factor, which is brought out of the reciprocal, to where it may meet its own reciprocal.
 """
@@ -49,6 +50,32 @@ def reciprocal_of_a_scaled_length(v: View, at: Site, x: Any) -> Expr | None:
     return v.make("mul", v.make("reciprocal", y), 1.0 / scale, node=at.node)
 
 
+@equation("rsqrt")
+def reciprocal_root_of_a_sum(v: View, at: Site, x: Any) -> Expr | None:
+    """1/√Σx² = 1/√(mean x²) · 1/√n;  1/√(Σx² + ε) = 1/√(mean x² + ε/n) · 1/√n, and so where ε is the least"""
+    bounded = op_of(x, "add", "clamp_min")
+    total, eps = (x, 0.0) if bounded is None else bounded.args[:2]
+    total, eps = (eps, total) if is_number(total) else (total, eps)
+    total = op_of(total, "sum")
+    n = summed(total)
+    if total is None or not n or op_of(total.args[0], "square") is None or not is_number(eps):
+        return None
+    mean = v.make("mean", *total.args[:3], None)
+    mean = mean if bounded is None else v.make(bounded.op, mean, eps / n)
+    return v.make("mul", v.make("rsqrt", mean), n**-0.5, node=at.node)
+
+
+@equation("mul")
+def root_of_size_first(v: View, at: Site, x: Any, y: Any) -> Expr | None:
+    """(normalize(x)·w)·c = (normalize(x)·c)·w"""
+    for product, c in ((x, y), (y, x)):
+        inner = op_of(product, "mul") if is_number(c) and not v.pattern else None
+        for unit, w in (inner.args, inner.args[::-1]) if inner else ():
+            if op_of(unit, "normalize") and not is_number(w):
+                return v.make("mul", v.make("mul", unit, c), w, node=at.node)
+    return None
+
+
 @equation("mul")
 def factors_that_cancel(v: View, at: Site, x: Any, y: Any) -> Expr | None:
     """(x·(r·c))·(y·d) = (x·r)·y  where c·d = 1, and r is a reciprocal"""
@@ -62,13 +89,13 @@ def factors_that_cancel(v: View, at: Site, x: Any, y: Any) -> Expr | None:
 
 
 def _without(v: View, product: Any, factor: float, depth: int = DEEPEST) -> Expr | None:
-    """``product`` without the number ``factor`` beside a reciprocal in it."""
+    """``product`` without the number ``factor`` beside a reciprocal, or one of a root, in it."""
     inner = op_of(product, "mul") if depth else None
     if inner is None:
         return None
     first, second = inner.args
     for a, b in ((first, second), (second, first)):
-        if is_number(b) and op_of(a, "reciprocal") and math.isclose(b, factor, rel_tol=1e-6):
+        if is_number(b) and op_of(a, "reciprocal", "rsqrt") and math.isclose(b, factor, rel_tol=1e-6):
             return a
         found = _without(v, a, factor, depth - 1)
         if found is not None:

@@ -31,22 +31,4 @@ EQUAL: Cases = {
             lambda x, y: (x - x.mean(-1, True)) * y + y,
         ),
     ],
-    "length_by_mean": [  # of four numbers: their root, and ε times it, are exact
-        (
-            lambda x, y: (z := x[..., :4]) / z.norm(2, -1, keepdim=True).clamp_min(0.5) * y[..., :4] * 2,
-            lambda x, y: (z := x[..., :4]) / (z * z).mean(-1, True).sqrt().clamp(min=0.25) * y[..., :4],
-        ),
-        (
-            lambda x, y: 2 * y[..., :4] * ((z := x[..., :4]) / (0.5 + torch.linalg.vector_norm(z, dim=-1, keepdim=True))),
-            lambda x, y: (z := x[..., :4]) / ((z * z).mean(-1, True).sqrt() + 0.25) * y[..., :4],
-        ),
-        (
-            lambda x, y: (z := x[..., :4]) * 2.0 * (torch.rsqrt((z * z).sum(-1, keepdim=True) + 0.5) * y[..., :4]),
-            lambda x, y: (z := x[..., :4]) * torch.rsqrt((z * z).mean(-1, True) + 0.125) * y[..., :4],
-        ),
-        (lambda x: x.norm(dim=-1, keepdim=True).reciprocal() * 6**0.5, lambda x: (x * x).mean(-1, True).rsqrt()),
-    ],
-    "root_of_size_first": [
-        (lambda x, y: F.normalize(x, dim=-1) * y * 6**0.5, lambda x, y: F.normalize(x, dim=-1) * 6**0.5 * y),
-    ],
 }  # fmt: skip
