@@ -61,6 +61,10 @@ class FuseRmsNorm(RewriteRule):
         r = r * scale if scaled else r
         return x * r if weight == "none" else ORDERS[order](x, r, WEIGHTS[weight](w))
 
+    def accepts(self, m: Match) -> bool:
+        """The factor of a scaled root is a constant: what else stands there is a weight."""
+        return not m.scaled or isinstance(m.scale, float | int)
+
     def check(self, m: Match) -> Refusal | None:
         """One weight per feature, a constant eps, and a mean over the whole last dimension.
 
@@ -75,8 +79,6 @@ class FuseRmsNorm(RewriteRule):
             return self.refuse(m, "eps is computed by the graph, not a constant")
         if m.form == "library" and tuple(m.shape) != (size,):
             return self.refuse(m, "it normalizes over several dimensions")
-        if m.scaled and not isinstance(m.scale, float | int):
-            return self.refuse(m, "the norm is scaled by what the graph computes")
         if m.form == "normalize" and not _is_root(m.scale, fixed_size(m.x)):
             return self.refuse(m, "the factor after F.normalize is not the square root of the size")
         return None

@@ -39,45 +39,47 @@ def _picked(v: View, at: Site, x: Expr, labels: Any, how: str = "as given") -> E
 
 @equation("getitem")
 def number_of_each_row(v: View, at: Site, x: Any, index: Any) -> Expr | None:
-    """x[(0, 1, …), labels] and x[(0, 1, …)[:, None], (0, 1, …), labels] are picked of the rows
-
-    Not where the labels are a mask, or another integer that may be one.
-    """
-    *places, labels = index if isinstance(index, tuple) else (index,)
-    before, last = shape_of(x)[:-1], dtype_of(labels.node) if isinstance(labels, Expr) else None
-    if last != torch.int64 or not 0 < len(before) == len(places) or before != shape_of(labels):
+    """x[(0, 1, 2, …), labels] is picked of the rows, as x[(0, …)[:, None], (0, …), labels] is of rows of rows; not where the
+    labels are a mask, or another integer that may be one."""
+    *places, labels = index if isinstance(index, tuple) else (None,)
+    chosen = shape_of(labels)
+    if not places or not isinstance(labels, Expr) or dtype_of(labels.node) != torch.int64 or chosen != shape_of(x)[:-1]:
         return None
-    counted = all(_counts(place, dim, before) for dim, place in enumerate(places))
-    return _picked(v, at, x, labels, "counted") if counted else None
+    every = len(places) == len(chosen) and all(_counts(p, i, chosen) for i, p in enumerate(places))
+    return _picked(v, at, x, labels, "counted") if every else None
 
 
 def _counts(x: Any, dim: int, shape: tuple[Any, ...]) -> bool:
-    """Whether ``x`` counts from 0 along one dimension of ``shape``, with which it is broadcast."""
-    own = shape_of(x)
-    while isinstance(x, Expr) and x.op in ("unsqueeze", "view", "getitem"):
-        if x.op == "getitem" and not all(i is None or i is Ellipsis or i == slice(None) for i in _items(x.args[1])):
-            return False
+    """Whether ``x``, broadcast to ``shape``, is the index in dimension ``dim``."""
+    found, alone = shape_of(x), (*(1,) * dim, shape[dim], *(1,) * (len(shape) - dim - 1))
+    if len(found) < len(shape) - dim or found != alone[len(shape) - len(found) :]:
+        return False
+    while isinstance(x, Expr) and (x.op in ("unsqueeze", "view") or (x.op == "getitem" and _only_adds(x.args[1]))):
         x = x.args[0]
     count = op_of(x, "arange")
     given = (
         [a for a in count.args if not isinstance(a, tuple)] if count else []
     )  # keywords, such as the device, are pairs
     from_zero = len(given) == 1 or (len(given) == 2 and is_number(given[0]) and given[0] == 0)
-    ones = (1,) * len(shape)
-    return from_zero and (*ones[len(own) :], *own) == (*ones[:dim], shape[dim], *ones[dim + 1 :])
+    return count is not None and from_zero and shape_of(count) == (shape[dim],)
 
 
-def _items(index: Any) -> tuple[Any, ...]:
-    return index if isinstance(index, tuple) else (index,)
+def _only_adds(index: Any) -> bool:
+    """Whether indexing with ``index`` takes all there is, and adds dimensions."""
+    return all(
+        i is None or i is Ellipsis or i == slice(None) for i in (index if isinstance(index, tuple) else (index,))
+    )
 
 
 @equation("sum")
 def product_with_one_hot(v: View, at: Site, x: Any, dim: Any, keepdim: Any = False, *_: Any) -> Expr | None:
-    """Σ one_hot(labels)·x is picked of x, as long as that is finite: 0·∞ is NaN, and is not picked."""
-    product = op_of(x, "mul")
+    """Σ one_hot(labels)·x is picked of x, as long as that is finite: 0·∞ is NaN. So is Σ (one_hot(labels) ? x : 0)"""
+    product = op_of(x, "mul", "chosen")
     if product is None or from_the_end(dim, x) != -1 or keepdim:
         return None
-    for one, other in (product.args, product.args[::-1]):
+    if product.op == "chosen" and not (is_number(product.args[2]) and product.args[2] == 0):
+        return None
+    for one, other in ((product.args[0], product.args[1]), (product.args[1], product.args[0])):
         encoded = _one_hot(one)
         if encoded is not None and isinstance(other, Expr) and shape_of(other) and shape_of(other) == shape_of(encoded):
             return _picked(v, at, other, encoded.args[0])
@@ -86,8 +88,8 @@ def product_with_one_hot(v: View, at: Site, x: Any, dim: Any, keepdim: Any = Fal
 
 def _one_hot(x: Any) -> Expr | None:
     """The one-hot encoding that ``x`` is, in whatever dtype."""
-    found = op_of(x, "one_hot", "convert")
-    return _one_hot(found.args[0]) if found is not None and found.op == "convert" else found
+    found = op_of(x, "one_hot", "convert", "bool")
+    return _one_hot(found.args[0]) if found is not None and found.op != "one_hot" else found
 
 
 @equation("squeeze", "getitem", "select", "view", "flatten")

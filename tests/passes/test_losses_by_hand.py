@@ -76,6 +76,12 @@ DIFFERENCES = {
     "one-hot by einsum": lambda z, t: averaged(
         -torch.einsum("btv,btv->bt", F.one_hot(t, CLASSES).type_as(z), z.log_softmax(-1)), t
     ),
+    "one-hot mask": lambda z, t: averaged(
+        -torch.where(F.one_hot(t, CLASSES).bool(), z.log_softmax(-1), 0.0).sum(-1), t
+    ),
+    "one-hot mask, filled": lambda z, t: averaged(
+        -z.log_softmax(-1).masked_fill(F.one_hot(t, CLASSES).to(torch.bool).logical_not(), 0).sum(-1), t
+    ),
     "one-hot difference": lambda z, t: averaged(z.logsumexp(-1) - (F.one_hot(t, CLASSES) * z).sum(-1), t),
 }
 """−log_softmax(z) at the labels without gather from it."""

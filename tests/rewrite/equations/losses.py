@@ -23,7 +23,7 @@ EQUAL: Cases = {
         ),
         (
             lambda x, k: x[here(x, torch.arange, 2)[:, None], here(x, torch.arange, 3), k[..., 0]],
-            lambda x, k: x[here(x, torch.arange, 2).view(2, 1), here(x, torch.arange, 0, 3).unsqueeze(0), k[..., 0]],
+            lambda x, k: x[here(x, torch.arange, 2).view(-1, 1), here(x, torch.arange, 0, 3).unsqueeze(0), k[..., 0]],
         ),
     ],
     "picked_without_its_dimension": [
@@ -39,6 +39,10 @@ EQUAL: Cases = {
         (
             lambda x, k: (F.one_hot(k[..., 0], 6) * x.log_softmax(-1)).sum(-1),
             lambda x, k: (x.log_softmax(2) * F.one_hot(k[..., 0], 6)).sum(2),
+        ),
+        (
+            lambda x, k: torch.where(F.one_hot(k[..., 0], 6).bool(), x, 0.0).sum(-1),
+            lambda x, k: x.masked_fill(~F.one_hot(k[..., 0], 6).to(torch.bool), 0).sum(2),
         ),
     ],
     "sum_of_one_dimension": [(lambda x: torch.logsumexp(x, (2,)), lambda x: x.logsumexp(dim=-1))],

@@ -83,10 +83,18 @@ NEAR: dict[str, Callable[..., Any]] = {
         + x[0][here(x, torch.arange, 3), :6].sum() + x[0][here(x, torch.arange, 2), k[0, :1, 0]].sum()
         + x.view(6, 6)[here(x, torch.arange, 6), k.view(6).int()] + x.view(3, 12)[here(x, torch.arange, 3), -k[0, :, 0]].sum()
     ),
-    "picked at other places": lambda x, k: (
-        x[here(x, torch.arange, 2)[:, None], k[..., 0] % 3, k[..., 0]] + x[k[..., 0] % 2, here(x, torch.arange, 3), k[..., 0]]
-        + x[:, :2][here(x, torch.arange, 2), here(x, torch.arange, 2)[:, None], k[:, :2, 0]].sum()
-        + x[here(x, torch.arange, 2)[:1, None], here(x, torch.arange, 3), k[..., 0]]
+    "picked of other places": lambda x, k: (
+        x[:, :2][here(x, torch.arange, 2)[None], here(x, torch.arange, 2)[:, None], k[:, :2, 0]]
+        + x[:, :2][here(x, torch.arange, 2)[:, None], here(x, torch.arange, 2)[:, None], k[:, :2, 0]]
+        + x[:, :2][here(x, torch.arange, 2), here(x, torch.arange, 2), k[:, :2, 0]]
+        + x[here(x, torch.arange, 2)[:, None], here(x, torch.arange, 3)[1:], k[:, 1:, 0]]
+        + x[here(x, torch.arange, 2)[:, None], here(x, torch.arange, 2), k[:, :2, 0]]
+        + x[here(x, torch.arange, 1)[:, None], here(x, torch.arange, 3), k[..., 0]][:, :2]
+        + x[here(x, torch.arange, 2)[:, None], here(x, torch.arange, 3).flip(0), k[..., 0]][:, :2]
+    ),
+    "other masks": lambda x, k: (
+        torch.where(F.one_hot(k[..., 0], 6).bool(), x, 1.0).sum(-1) + torch.where(F.one_hot(k[..., 0], 6).bool(), 0.0, x).sum(-1)
+        + torch.where(F.one_hot(k[..., 0], 6) > 1, x, 0.0).sum(-1) + torch.where(F.one_hot(k[..., 0], 6).bool(), x, 0.0).sum()
     ),
     "products with other encodings": lambda x, k: (
         (F.one_hot(k[..., 0], 6) * x).sum(-1, keepdim=True) + (F.one_hot(k[..., 0], 6) * x).sum(1, keepdim=True)
