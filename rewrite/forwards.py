@@ -20,7 +20,7 @@ from torch._dynamo.utils import deepcopy_to_fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, unset_fake_temporarily
 
 from .errors import CaptureError
-from .kinds import LIKE, OTHER, Kind, form_of, kind_of, made_like
+from .kinds import LIKE, OTHER, Kind, fits, form_of, kind_of, made_like, tensors_of
 
 
 class InstalledForward:
@@ -118,8 +118,8 @@ class InlineCall:
 class InlineForward(InstalledForward):
     """A replaced forward that is one call in any graph that Dynamo captures around it.
 
-    For Dynamo the result is what such a call returned before: a tensor like the first tensor argument, or a tuple of such and of
-    single numbers. Every call checks that it was.
+    For Dynamo the result is what such a call returned before: a tensor like the first tensor argument, or a tuple of such, of
+    single numbers and of arguments. Every call checks that it was.
     """
 
     def __init__(self, module: nn.Module, run: Callable[..., Any], original: Callable[..., Any]) -> None:
@@ -134,15 +134,17 @@ class InlineForward(InstalledForward):
 
     def call(self, *args: Any, **kwargs: Any) -> Any:
         """Runs, or says what it would return where a graph around it is being captured."""
-        given = next((a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)), None)
+        tensors = tensors_of(args, kwargs)
         call = (self.module.training, torch.is_grad_enabled(), form_of((args, kwargs)))
-        if isinstance(given, FakeTensor):
-            return made_like(self._expected(call) or self._foreseen(call, given, args, kwargs), given)
+        if tensors and isinstance(tensors[0], FakeTensor):
+            return made_like(self._expected(call) or self._foreseen(call, tensors[0], args, kwargs), tensors)
         result = self.run(*args, **kwargs)
         if self.run is self.original:
             return result
-        kind = kind_of(result, given)
-        if (self._expected(call) or kind) not in (kind, OTHER):
+        kind = self._expected(call)
+        if kind in (None, OTHER):
+            kind = kind_of(result, tensors)
+        elif not fits(kind, result, tensors):
             raise CaptureError(
                 f"{type(self.module).__name__} returned {'a tensor' if isinstance(result, Tensor) else 'something'} unlike its "
                 "input, which it did not when it was captured: call undo() and pass optimize() an example of this call"
@@ -162,7 +164,7 @@ class InlineForward(InstalledForward):
         """What a call of a new form will return, such as the first one for evaluation: found with fake parameters."""
         with unset_fake_temporarily():  # the copy reads real parameters
             module = deepcopy_to_fake_tensor(self.module, given.fake_mode)
-        kind = kind_of(type(module).forward(module, *args, **kwargs), given)
+        kind = kind_of(type(module).forward(module, *args, **kwargs), tensors_of(args, kwargs))
         if kind == OTHER:
             raise NotImplementedError(f"{type(self.module).__name__} returns what no graph around it can hold")
         self.kinds[call] = kind

@@ -72,6 +72,30 @@ class Vectors(Block):
         return x, x.square().mean((1, 2))
 
 
+class HandingOn(Block):
+    """Reads a memory of another length, and hands it on with a mask, for the next block to read."""
+
+    def forward(self, x: Tensor, memory: Tensor, mask: Tensor | None = None) -> Any:
+        read = memory.mean(1, keepdim=True) if mask is None else (memory * mask[..., None]).sum(1, keepdim=True)
+        return self.inner(x + read), memory, mask
+
+
+class Reading(nn.Module):
+    """A decoder whose blocks hand their memory on."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed, self.head = nn.Embedding(CLASSES, SIZE), nn.Linear(SIZE, CLASSES)
+        self.blocks = nn.ModuleList(HandingOn() for _ in range(3))
+
+    def forward(self, ids: Tensor, read: Tensor, mask: Tensor | None = None) -> Any:
+        x, memory = self.embed(ids), self.embed(read)
+        for block in self.blocks:
+            x, memory, mask = block(x, memory, mask=mask)
+        return F.cross_entropy(self.head(x).flatten(0, 1), ids.flatten()) + memory.square().mean()
+
+
 class Net(nn.Module):
     """Embedding, blocks, head and loss, with what the blocks return beside added up."""
 
@@ -127,6 +151,28 @@ def test_the_loss_around_blocks_that_return_tuples(kind: type[nn.Module]) -> Non
     assert_alike(model, plain, ids[:1], ids[:1])
     weft.undo(model)
     assert not any("forward" in vars(m) for m in model.modules())
+
+
+@pytest.mark.parametrize("length", [4, 7])
+def test_arguments_that_are_handed_on(length: int) -> None:
+    """Also where in the example they are of the length of what they are given with."""
+    model: Any = Reading()
+    plain, ids = copy.deepcopy(model), torch.arange(14).view(2, 7) % CLASSES
+    weft.optimize(model, mode="train", example_inputs={"ids": ids, "read": ids[:, :length]})
+    rules = [r.rule for r in model.rewrite_report.rewrites]
+    assert rules.count("linear_cross_entropy") == 1 and rules.count("rms_norm") == 3, str(model.rewrite_report)
+    mask = torch.linspace(0, 1, 10).view(2, 5)
+    for arguments in (
+        (ids, ids[:, :4]),
+        (ids[:, :3], ids),
+        (ids, ids[:, :5], mask),
+        (ids, ids),
+        (ids[:1], ids[:1, :1]),
+    ):
+        assert_alike(model, plain, *arguments)
+    model.eval(), plain.eval()
+    with torch.no_grad():
+        assert_alike(model, plain, ids, ids[:, :5], mask)
 
 
 def test_what_a_graph_cannot_be_told_of_leaves_the_loss_as_written() -> None:
