@@ -87,7 +87,7 @@ class InlineCall:
 
     def __init__(self, forward: InlineForward) -> None:
         update_wrapper(self, forward.original, updated=())
-        del vars(self)["__wrapped__"]
+        vars(self).pop("__wrapped__")  # holds the module
         self.__signature__ = forward.__signature__
         # The code of a graph looks up by name what says that it comes from torch, as the forward of nn.Sequential does.
         self.__module__ = __name__
@@ -105,7 +105,7 @@ class InlineCall:
     def _module(self) -> nn.Module:
         module = self.module()
         if module is None:
-            raise ReferenceError(f"the module whose {self.__name__} this is, is gone")
+            raise ReferenceError("the module whose forward this is, is gone")
         return module
 
     def __reduce__(self) -> tuple[Any, ...]:

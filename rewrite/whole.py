@@ -6,9 +6,11 @@ from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 
 from torch import nn
+from torch._dynamo.exc import TorchDynamoException
 
 from .capture import Session
 from .cuda_graphs import Recordings
+from .errors import first_line
 from .install import Installation
 from .ladder import noting_calls, outside, unreached
 from .pipeline import Pass
@@ -84,12 +86,30 @@ def _run_plan(installation: Installation, plan: Plan, traced: list[Site], run: C
             for site in [*traced, *outside(plan.first, traced)]:
                 installation.install(site)
             run()
-            rest = [plan.root] if plan.root and installation.inline_blocks_keep_type() else plan.instead
-            rest = outside(rest, traced)
-            for site in rest:
-                installation.install(site)
-            if rest:
-                run()
+            root = outside([plan.root], traced) if plan.root and installation.inline_blocks_keep_type() else None
+            if root is None or not _captured_around(installation, root, run):
+                rest = outside(plan.instead, traced)
+                for site in rest:
+                    installation.install(site)
+                if rest:
+                    run()
     except BaseException:  # interrupted by hand, too
         installation.remove_all()
         raise
+
+
+def _captured_around(installation: Installation, root: list[Site], run: Callable[[], None]) -> bool:
+    """Install and run the forward around the blocks; False where Dynamo cannot have them as calls in its graph, such as inside a
+    transform of ``torch.func``."""
+    for site in root:
+        installation.install(site)
+    try:
+        if root:
+            run()
+    except TorchDynamoException as error:
+        for site in root:
+            installation.remove(site.path)
+            where = site.path or type(site.module).__name__
+            installation.session.report.notes.append(f"{where}: no graph around the blocks: {first_line(error)}")
+        return False
+    return True

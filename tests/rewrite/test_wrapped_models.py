@@ -150,3 +150,36 @@ def test_a_chain_in_what_is_no_wrapper_is_cut_as_ever() -> None:
 def test_what_ends_in_a_norm_stays_an_interruption() -> None:
     roles = {s.path: s.role for s in plan_sites(Nested()).first}
     assert roles["stack"] == "opaque" and roles[""] == "region"
+
+
+class Probing(RootLoop):
+    """Runs its blocks inside a transform, in which no graph can call them, and outside of it."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
+        probe = torch.func.grad(lambda w: F.linear(Stack.forward(self, input_ids).detach(), w).square().mean())
+        logits = self.head(Stack.forward(self, input_ids)) + probe(self.head.weight).sum()
+        return Output(logits=logits, loss=None if labels is None else F.cross_entropy(logits.mT, labels))
+
+
+class Mapped(RootLoop):
+    """Runs them inside one alone."""
+
+    def forward(self, input_ids: Tensor, labels: Tensor | None = None) -> Output:
+        logits = torch.vmap(lambda ids: self.head(Stack.forward(self, ids[None])[0]))(input_ids)
+        return Output(logits=logits, loss=None if labels is None else F.cross_entropy(logits.mT, labels))
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+@pytest.mark.parametrize("kind", [Probing, Mapped])
+def test_where_no_graph_can_call_the_blocks_the_model_is_cut_as_ever(kind: Any) -> None:
+    model: Any = kind()
+    plain = copy.deepcopy(model)
+    weft.optimize(model, example_inputs=batch(2, 6), verify=False)
+    report = model.rewrite_report
+    if kind is Probing:
+        assert any("no graph around the blocks" in note for note in report.notes), str(report)
+        assert [r.rule for r in report.rewrites].count("rms_norm") == 5
+    for inputs in (batch(2, 6), batch(3, 4)):
+        assert_same(outcome(model, inputs), outcome(plain, inputs))
+    weft.undo(model)
+    assert not any("forward" in vars(m) for m in model.modules())
