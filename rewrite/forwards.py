@@ -83,8 +83,6 @@ class InlineCall:
     that held a block, and by it the model and that code, would keep all three for good: this holds neither.
     """
 
-    __name__: str
-
     def __init__(self, forward: InlineForward) -> None:
         update_wrapper(self, forward.original, updated=())
         vars(self).pop("__wrapped__")  # holds the module
