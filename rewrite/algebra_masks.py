@@ -95,10 +95,10 @@ def relu_as_a_threshold(v: View, at: Site, x: Any, bound: Any, value: Any, inpla
 
 
 @equation("max")
-def larger_of_two(v: View, at: Site, x: Any, *others: Any) -> Expr | None:
+def larger_of_two(v: View, at: Site, x: Any, y: Any, keepdim: Any = False) -> Expr | None:
     """max(x, y) of two tensors = maximum(x, y)"""
-    both = len(others) == 1 and isinstance(x, Expr) and isinstance(others[0], Expr)
-    return v.make("maximum", x, others[0], node=at.node) if both else None
+    both = isinstance(x, Expr) and isinstance(y, Expr) and not keepdim
+    return v.make("maximum", x, y, node=at.node) if both else None
 
 
 @equation("maximum")

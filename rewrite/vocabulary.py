@@ -60,7 +60,9 @@ var_mean(x, dim=None, unbiased=None, keepdim=False, correction=None)         |
 std_mean(x, dim=None, unbiased=None, keepdim=False, correction=None)         |
 norm(x, p=2, dim=None, keepdim=False, out=None, dtype=None)                  |
 vector_norm(x, ord=2, dim=None, keepdim=False, dtype=None, out=None)         | linalg_vector_norm
-linalg_norm(x, ord=None, dim=None, keepdim=False, out=None, dtype=None)        |
+linalg_norm(x, ord=None, dim=None, keepdim=False, out=None, dtype=None)      |
+amax(x, dim=(), keepdim=False, out=None)                                     |
+max(x, dim=None, keepdim=False)                                              |
 vecdot(x, y, dim=-1, out=None)                                               | linalg_vecdot
 normalize(x, p=2.0, dim=1, eps=1e-12, out=None)                              |
 softmax(x, dim=None, _stacklevel=3, dtype=None)                              | special_softmax

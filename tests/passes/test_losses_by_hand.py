@@ -38,6 +38,12 @@ def at_labels(z: Any, t: Any) -> Any:
 DIFFERENCES = {
     "logsumexp": lambda z, t: averaged(torch.logsumexp(z, -1) - at_labels(z, t), t),
     "method": lambda z, t: averaged(z.logsumexp(dim=2) - torch.gather(z, 2, t[..., None])[..., 0], t),
+    "largest taken off": lambda z, t: averaged(
+        (m := z.amax(-1, keepdim=True)).squeeze(-1) + (z - m).exp().sum(-1).log() - at_labels(z, t), t
+    ),
+    "largest taken off, detached": lambda z, t: averaged(
+        -at_labels((y := z - z.max(-1, keepdim=True)[0].detach()) - y.exp().sum(-1, keepdim=True).log(), t), t
+    ),
     "in float32": lambda z, t: averaged(z.float().logsumexp(-1) - at_labels(z.float(), t), t),
     "partly in float32": lambda z, t: averaged(z.float().logsumexp(-1) - at_labels(z, t), t),
     "kept": lambda z, t: (z.logsumexp(-1, keepdim=True) - z.gather(-1, t[..., None])).mean(),

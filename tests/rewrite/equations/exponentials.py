@@ -17,6 +17,23 @@ EQUAL: Cases = {
         (lambda x: torch.exp(torch.log(x.abs()) * 0.5), lambda x: torch.sqrt(x.abs())),
         (lambda x: torch.exp(F.logsigmoid(x)), lambda x: torch.sigmoid(x)),
     ],
+    "largest_added_again": [
+        (
+            lambda x: (m := x.amax(-1, keepdim=True)) + (x - m).exp().sum(-1, keepdim=True).log(),
+            lambda x: x.logsumexp(-1, keepdim=True),
+        ),
+        (
+            lambda x: torch.log(torch.exp(x - (m := x.max(-1, keepdim=True)[0].detach())).sum(-1)) + m.squeeze(-1),
+            lambda x: x.logsumexp(2),
+        ),
+        (lambda x: (x - x.amax(2, True)).exp().sum(2).log() + torch.amax(x, -1), lambda x: x.logsumexp(-1)),
+    ],
+    "largest_taken_off_both": [
+        (
+            lambda x: (y := x - x.max(dim=-1, keepdim=True)[0]) - y.exp().sum(-1, keepdim=True).log(),
+            lambda x: x.log_softmax(-1),
+        ),
+    ],
     "logistic": [
         (lambda x: 1 / (1 + torch.exp(-x)), lambda x: x.sigmoid()),
         (lambda x, y: y / ((-x).exp() + 1.0), lambda x, y: y * torch.sigmoid(x)),

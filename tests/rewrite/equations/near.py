@@ -56,6 +56,12 @@ NEAR: dict[str, Callable[..., Any]] = {
     "another mean taken off": lambda x, y: (x - y.mean(-1, True)) - (x - y.mean(-1, True)).mean(-1, True),
     "dimensions put back elsewhere": lambda x: x.mean(-1)[:, None].sum() + x.mean(1)[..., None] + x.mean()[None],
     "halves of another dimension": lambda x: F.glu(x.transpose(1, 2), 1) + F.glu(x.mT, -2),
+    "other shifts": lambda x, y: (
+        (x - (m := y.amax(-1, True))).exp().sum(-1, True).log() + m
+        + (x - x.amax(1, True)).exp().sum(-1, True).log() + x.amax(1, True)
+        + (x - (n := x.amin(-1, True))).exp().sum(-1, True).log() + n + (x - x.amax(-1, True)) - (x - y).exp().sum(-1, True).log()
+        + (x - x.amax(-1, True)).exp().sum(1, True).log() + x.amax(-1, True)
+    ),
     "no logistic": lambda x: 1 / (1 + torch.exp(x)) + 1 / (2 + torch.exp(-x)),
     "a sum over another count": lambda x: x.sum(-1, True) / 5,
     "a sum over two dimensions": lambda x: x.sum((1, 2), True) / 6,
