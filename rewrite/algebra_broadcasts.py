@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .equation import Site, equation, is_number, shape_of
+from .equation import Site, equation, is_number, items_of, shape_of
 from .expr import Expr, View, rank
 
 
@@ -58,7 +58,7 @@ def _is_expanded(x: Expr, inner: Expr) -> bool:
 def _is_row(x: Expr, inner: Expr) -> bool:
     """Whether ``x`` is ``inner`` with dimensions of size 1 added in front of one dimension."""
     index = x.args[1] if x.op == "getitem" else ()
-    items = index if isinstance(index, tuple) else (index,)
+    items = items_of(index)
     if x.op not in ("view", "unsqueeze", "getitem") or not all(i in (None, ..., slice(None)) for i in items):
         return False
     before, after = shape_of(inner), shape_of(x)

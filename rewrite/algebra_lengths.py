@@ -31,13 +31,20 @@ def _root_and_scale(v: View, length: Any) -> tuple[Expr | None, float]:
     """√mean x² and s where ``length`` is its product with s; None for anything else."""
     inner, scale = numeric_factor(length)
     root = op_of(inner, "sqrt")
-    total = op_of(root.args[0], "sum", "mean") if root is not None else None
-    if root is None or total is None or op_of(total.args[0], "square") is None:
-        return None, 1.0
-    if total.op == "mean":
+    mean = op_of(root.args[0], "mean") if root is not None else None
+    if root is not None and mean is not None and op_of(mean.args[0], "square") is not None:
         return root, scale or 1.0
+    mean, n = _mean_and_count(v, root.args[0] if root is not None else None)
+    return (None, 1.0) if mean is None else (v.make("sqrt", mean), (scale or 1.0) * math.sqrt(n))
+
+
+def _mean_and_count(v: View, total: Any) -> tuple[Expr | None, int]:
+    """mean x² and n where ``total`` is Σ x² of n numbers; None for anything else."""
+    total = op_of(total, "sum")
     n = summed(total)
-    return (v.make("sqrt", v.make("mean", *total.args[:3], None)), (scale or 1.0) * math.sqrt(n)) if n else (None, 1.0)
+    if total is None or not n or op_of(total.args[0], "square") is None:
+        return None, 0
+    return v.make("mean", *total.args[:3], None), n
 
 
 @equation("reciprocal")
@@ -56,11 +63,9 @@ def reciprocal_root_of_a_sum(v: View, at: Site, x: Any) -> Expr | None:
     bounded = op_of(x, "add", "clamp_min")
     total, eps = (x, 0.0) if bounded is None else bounded.args[:2]
     total, eps = (eps, total) if is_number(total) else (total, eps)
-    total = op_of(total, "sum")
-    n = summed(total)
-    if total is None or not n or op_of(total.args[0], "square") is None or not is_number(eps):
+    mean, n = _mean_and_count(v, total) if is_number(eps) else (None, 0)
+    if mean is None:
         return None
-    mean = v.make("mean", *total.args[:3], None)
     mean = mean if bounded is None else v.make(bounded.op, mean, eps / n)
     return v.make("mul", v.make("rsqrt", mean), n**-0.5, node=at.node)
 
@@ -84,7 +89,7 @@ def factors_that_cancel(v: View, at: Site, x: Any, y: Any) -> Expr | None:
         found = _without(v, product, 1.0 / d) if d else None
         if found is not None:
             both = (found, rest) if product is x else (rest, found)
-            return _here(v, found, at) if rest is None else v.make("mul", *both, node=at.node)
+            return v.intern(found.op, found.args, at.node) if rest is None else v.make("mul", *both, node=at.node)
     return None
 
 
@@ -101,8 +106,3 @@ def _without(v: View, product: Any, factor: float, depth: int = DEEPEST) -> Expr
         if found is not None:
             return v.make("mul", *((found, b) if a is first else (b, found)))
     return None
-
-
-def _here(v: View, found: Expr, at: Site) -> Expr:
-    """``found`` as what the node of ``at`` computes."""
-    return v.intern(found.op, found.args, at.node)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from .algebra_rows import rows_of
-from .equation import Site, equation, from_the_end, is_number, numeric_factor, op_of, same, shape_of
+from .equation import Site, equation, from_the_end, is_number, items_of, numeric_factor, op_of, same, shape_of
 from .expr import Expr, View, last_size, strip_casts
 from .graph import dtype_of, sizes
 
@@ -57,18 +57,15 @@ def _counts(x: Any, dim: int, shape: tuple[Any, ...]) -> bool:
     while isinstance(x, Expr) and (x.op in ("unsqueeze", "view") or (x.op == "getitem" and _only_adds(x.args[1]))):
         x = x.args[0]
     count = op_of(x, "arange")
-    given = (
-        [a for a in count.args if not isinstance(a, tuple)] if count else []
-    )  # keywords, such as the device, are pairs
-    from_zero = len(given) == 1 or (len(given) == 2 and is_number(given[0]) and given[0] == 0)
-    return count is not None and from_zero and shape_of(count) == (shape[dim],)
+    if count is None or shape_of(count) != (shape[dim],):
+        return False
+    given = [a for a in count.args if not isinstance(a, tuple)]  # keywords, such as the device, are pairs
+    return len(given) == 1 or (len(given) == 2 and is_number(given[0]) and given[0] == 0)
 
 
 def _only_adds(index: Any) -> bool:
     """Whether indexing with ``index`` takes all there is, and adds dimensions."""
-    return all(
-        i is None or i is Ellipsis or i == slice(None) for i in (index if isinstance(index, tuple) else (index,))
-    )
+    return all(i is None or i is Ellipsis or i == slice(None) for i in items_of(index))
 
 
 @equation("sum")
@@ -77,9 +74,10 @@ def product_with_one_hot(v: View, at: Site, x: Any, dim: Any, keepdim: Any = Fal
     product = op_of(x, "mul", "chosen")
     if product is None or from_the_end(dim, x) != -1 or keepdim:
         return None
-    if product.op == "chosen" and not (is_number(product.args[2]) and product.args[2] == 0):
+    masked = product.op == "chosen"
+    if masked and not (is_number(product.args[2]) and product.args[2] == 0):
         return None
-    for one, other in ((product.args[0], product.args[1]), (product.args[1], product.args[0])):
+    for one, other in (product.args[:2],) if masked else (product.args, product.args[::-1]):
         encoded = _one_hot(one)
         if encoded is not None and isinstance(other, Expr) and shape_of(other) and shape_of(other) == shape_of(encoded):
             return _picked(v, at, other, encoded.args[0])
@@ -108,7 +106,7 @@ def picked_without_its_dimension(v: View, at: Site, x: Any, *how: Any) -> Expr |
 
 def _takes_the_first(index: Any) -> bool:
     """Whether indexing with ``index`` takes all of the leading dimensions, and one place of the last."""
-    *leading, last = index if isinstance(index, tuple) else (index,)
+    *leading, last = items_of(index)
     return is_number(last) and all(i is Ellipsis or i == slice(None) for i in leading)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import fx
 
-from .equation import Site, equation, from_the_end, op_of, shape_of
+from .equation import Site, equation, from_the_end, items_of, op_of, shape_of
 from .expr import Expr, View, last_size, rank
 from .graph import autograd_body, sizes
 from .vocabulary import bind, operation
@@ -40,7 +40,7 @@ def _one_for_all(x: Expr, y: Expr) -> Expr:
     matrix, shape = y, shape_of(y)
     while matrix.op in ("expand", "repeated", "repeat", "unsqueeze", "getitem") and shape_of(matrix)[-2:] == shape[-2:]:
         new = matrix.args[1] if matrix.op == "getitem" else None
-        if any(i is not None and i != slice(None) for i in (new if isinstance(new, tuple) else (new,))):
+        if any(i is not None and i != slice(None) for i in items_of(new)):
             return y
         matrix = matrix.args[0]
     alike = shape_of(matrix) == shape[-2:] and len(shape) > 2 and shape_of(x)[:-2] == shape[:-2]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .equation import Site, equation, from_the_end, is_number, op_of, shape_of
+from .equation import Site, equation, from_the_end, is_number, items_of, op_of, shape_of
 from .expr import Expr, View, rank, strip_casts
 from .graph import value
 
@@ -61,7 +61,7 @@ def over_rows_of_matrices(v: View, at: Site, x: Any, *options: Any) -> Expr | No
 def part_of_permuted(v: View, at: Site, x: Any, index: Any) -> Expr | None:
     """permuted(z)[slices] = permuted(z[slices])  where not the last dimension of z is put last"""
     inner, order = permutation(x) if not v.pattern else (x, None)
-    items = index if isinstance(index, tuple) else (index,)
+    items = items_of(index)
     if order is None or order[-1] == len(order) - 1 or not all(isinstance(i, slice) or i is Ellipsis for i in items):
         return None
     whole = [slice(None)] * (len(order) - sum(i is not Ellipsis for i in items))
@@ -156,7 +156,7 @@ def _step(x: Any) -> tuple[Expr, Step] | None:
 
 def _keeps_last(x: Expr, dims: int) -> bool:
     """Whether the index of ``x`` leaves the last of ``dims`` dimensions whole, where it is."""
-    items = x.args[1] if isinstance(x.args[1], tuple) else (x.args[1],)
+    items = items_of(x.args[1])
     taken, numbers = [_dims_taken(i) for i in items], sum(map(is_number, items))
     left = dims - numbers + sum(i is None for i in items)
     if None in taken or (numbers and rank(x) != left):  # a list of numbers, a tuple here, takes one dimension

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .equation import Site, equation, from_the_end, is_number
+from .equation import Site, equation, from_the_end, is_number, items_of
 from .expr import Expr, View, rank
 from .graph import dtype_of, sizes
 
@@ -121,7 +121,7 @@ def _without_new_dimension(x: Expr, dim: int) -> Expr | None:
         return None
     if x.op == "unsqueeze":
         return inner if x.args[1] in (dim, dim - (rank(x) or 0)) else None
-    items = x.args[1] if isinstance(x.args[1], tuple) else (x.args[1],)
+    items = items_of(x.args[1])
     if any(not (i is None or i is Ellipsis or i == slice(None)) for i in items) or items.count(None) != 1:
         return None
     at = items.index(None)

@@ -48,6 +48,11 @@ def shape_of(x: Any) -> tuple[Any, ...]:
     return sizes(x.node) if isinstance(x, Expr | Site) and x.node is not None else ()
 
 
+def items_of(index: Any) -> tuple[Any, ...]:
+    """What an index says of one dimension after another: a single item is not written as a tuple."""
+    return index if isinstance(index, tuple) else (index,)
+
+
 def same(x: Any, y: Any) -> bool:
     """Whether two expressions are equal up to casts."""
     return isinstance(x, Expr) and strip_casts(x, only_widening=False) is strip_casts(y, only_widening=False)

@@ -64,9 +64,7 @@ def run_pipeline(
         for part in list(g.subgraphs(module)):
             _run_pass(each, part, verifier, record)
         left = [n for n in captured if not n._erased]
-        if (
-            len(record.rewrites) > before
-        ):  # a pass without rewrites, such as one that drops what is idle, replaces nothing
+        if len(record.rewrites) > before:  # a pass without any, such as one that drops what is idle, replaces nothing
             record.region.nodes_covered += len(captured) - len(left)
         captured = left
         record.seconds[each.name] = record.seconds.get(each.name, 0.0) + time.perf_counter() - started

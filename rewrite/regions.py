@@ -95,8 +95,8 @@ def _passed(root: nn.Module, holders: dict[str, nn.Module], blocks: dict[str, nn
 def _wrapped(root: nn.Module, holders: dict[str, nn.Module]) -> Iterator[tuple[str, nn.Module]]:
     """From the root inwards, the holders that have all parameters of what is around them."""
     path, module = "", root
-    while not any(True for _ in module.parameters(recurse=False)):
-        inner = [n for n, child in module.named_children() if any(True for _ in child.parameters())]
+    while not _has_parameters(module, recurse=False):
+        inner = [n for n, child in module.named_children() if _has_parameters(child)]
         path = join(path, inner[0]) if len(inner) == 1 else ""
         if path not in holders or not path:
             return
@@ -109,7 +109,7 @@ def _ends_in_a_head(path: str, holder: nn.Module, blocks: dict[str, nn.Module]) 
 
     The order in which children were assigned is no proof of what a forward does: it decides what is tried first, no more.
     """
-    trained = [(join(path, n), child) for n, child in holder.named_children() if any(True for _ in child.parameters())]
+    trained = [(join(path, n), child) for n, child in holder.named_children() if _has_parameters(child)]
     last, module = trained[-1]
     return not any(f"{b}.".startswith(f"{last}.") for b in blocks) and any(p.dim() > 1 for p in module.parameters())
 
@@ -145,7 +145,11 @@ def find_blocks(root: nn.Module) -> dict[str, nn.Module]:
 def _is_block(module: nn.Module) -> bool:
     """A block can be called and holds several parametrized modules: neither a list of linears is a list of blocks, nor a
     list of lists."""
-    return has_forward(module) and sum(any(True for _ in m.parameters(recurse=False)) for m in module.modules()) > 1
+    return has_forward(module) and sum(_has_parameters(m, recurse=False) for m in module.modules()) > 1
+
+
+def _has_parameters(module: nn.Module, recurse: bool = True) -> bool:
+    return any(True for _ in module.parameters(recurse))
 
 
 def _holders(root: nn.Module, blocks: dict[str, nn.Module]) -> dict[str, nn.Module]:
